@@ -1,0 +1,118 @@
+"""Vectors → one immutable FAISS file. Memory: the codes of one segment, and a chunk of float32 vectors."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import faiss
+import numpy as np
+from numpy.typing import NDArray
+
+from for_ray.errors import DataError, StorageError
+from for_ray.index.codec import read_codec
+from for_ray.schema import image_ids_of, slots_of
+
+CHUNK_VECTORS = 1 << 15
+"""Vectors that are turned into float32 at once: 128 MB at 1024 dimensions."""
+
+LENGTH_TOLERANCE = 0.01
+"""A unit vector rounded to float16 is off by 2^-11 of each value, so by less than 0.001 in length."""
+
+
+class SegmentFile(NamedTuple):
+    """What was written. `num_vectors` may be 0."""
+
+    path: Path
+    num_vectors: int
+    num_bytes: int
+    sha256: str
+
+
+def build_segment(
+    codec_path: Path,
+    batches: Iterable[tuple[NDArray[np.int64], NDArray[np.floating]]],
+    path: Path,
+    *,
+    threads: int,
+) -> SegmentFile:
+    """Add all vectors to the codec and write them; the file appears only when it is whole.
+
+    Args:
+        codec_path: The trained codec, read only.
+        batches: Vector ids [n] and their unit vectors [n, D], float16 or float32; any order, each id once.
+        path: Where the segment goes; replaced when it exists.
+        threads: For FAISS.
+
+    Raises:
+        DataError: A vector is not finite or not of length 1, or an id comes twice: names image and slot.
+        StorageError: The disk refused to take the file.
+        ValueError: The vectors' dimension is not the codec's, or ids and vectors differ in number.
+    """
+    faiss.omp_set_num_threads(threads)
+    index = read_codec(codec_path)
+    ids = [np.empty(0, np.int64)]
+    for vector_ids, vectors in batches:
+        vector_ids = np.ascontiguousarray(vector_ids, np.int64)
+        _check_shapes(vector_ids, vectors, dim=index.d)
+        for start in range(0, len(vector_ids), CHUNK_VECTORS):
+            chunk = np.ascontiguousarray(vectors[start : start + CHUNK_VECTORS], np.float32)
+            chunk_ids = vector_ids[start : start + CHUNK_VECTORS]
+            _check_values(chunk_ids, chunk)
+            index.add_with_ids(chunk, chunk_ids)
+        ids.append(vector_ids)
+    _check_unique(np.concatenate(ids))
+    return _write(index, path)
+
+
+def _check_shapes(vector_ids: NDArray[np.int64], vectors: NDArray[np.floating], *, dim: int) -> None:
+    if vectors.ndim != 2 or vectors.shape != (len(vector_ids), dim):
+        expected = f"[{len(vector_ids)}, {dim}]"
+        raise ValueError(f"expected vectors of shape {expected} for the codec, got {list(vectors.shape)}")
+    if len(vector_ids) and vector_ids.min() < 0:
+        raise ValueError(f"vector ids must not be negative, got {vector_ids.min()}")
+
+
+def _check_values(vector_ids: NDArray[np.int64], vectors: NDArray[np.float32]) -> None:
+    length = np.sqrt(np.einsum("nd,nd->n", vectors, vectors))
+    # Written so that NaN fails too.
+    bad = np.flatnonzero(~(np.abs(length - 1.0) <= LENGTH_TOLERANCE))
+    if len(bad):
+        name = _name(vector_ids[bad[0]])
+        raise DataError(
+            f"the vector of {name} has length {length[bad[0]]:.4g}, expected 1 "
+            f"({len(bad)} of {len(vectors)} are wrong); encode these images again"
+        )
+
+
+def _check_unique(vector_ids: NDArray[np.int64]) -> None:
+    vector_ids = np.sort(vector_ids)
+    twice = np.flatnonzero(vector_ids[1:] == vector_ids[:-1])
+    if len(twice):
+        raise DataError(f"{_name(vector_ids[twice[0]])} comes twice; each vector belongs in one segment once")
+
+
+def _name(vector_id: np.int64) -> str:
+    one = np.asarray(vector_id)
+    return f"image {int(image_ids_of(one))}, slot {int(slots_of(one))}"
+
+
+def _write(index: faiss.Index, path: Path) -> SegmentFile:
+    part = path.with_name(path.name + ".part")
+    try:
+        faiss.write_index(index, str(part))
+        with part.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            os.fsync(file.fileno())
+        num_bytes = part.stat().st_size
+        part.replace(path)
+    except (RuntimeError, OSError) as error:
+        part.unlink(missing_ok=True)
+        reason = " ".join(str(error).rsplit("Error: ", 1)[-1].split())
+        raise StorageError(
+            f"cannot write segment {path}: {reason}; free space or choose another disk"
+        ) from error
+    return SegmentFile(path, int(index.ntotal), num_bytes, digest)

@@ -1,0 +1,171 @@
+"""Published states of an index: one row each in `snapshots.lance`.
+
+Publishing is one atomic append, so a search sees the whole snapshot or the one before. The lease keeps two
+runs from publishing at once.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+
+import lance
+import numpy as np
+import pyarrow as pa
+from pydantic import ValidationError
+
+from for_ray.errors import DataError, StorageError
+from for_ray.schema import Layout, Snapshot
+from for_ray.storage import exists, join_uri, lance_options
+
+SNAPSHOTS_SCHEMA = pa.schema(
+    [
+        pa.field("snapshot_id", pa.int64(), nullable=False),
+        pa.field("created_at", pa.timestamp("us", tz="UTC"), nullable=False),
+        pa.field("fingerprint", pa.string(), nullable=False),
+        pa.field("record", pa.string(), nullable=False),
+        pa.field("deleted_image_ids", pa.list_(pa.int64()), nullable=False),
+    ]
+)
+"""`record` is the `Snapshot` as JSON, but for the deleted image ids: there may be a million of them."""
+
+
+def publish(layout: Layout, snapshot: Snapshot) -> Snapshot:
+    """Make a snapshot the one that searches see; only the holder of the lease may.
+
+    Args:
+        layout: The index; its `snapshots.lance` is made when it is not there.
+        snapshot: What to publish. Its `snapshot_id` is given here: the last one's plus 1, 1 for the first.
+
+    Returns:
+        The snapshot as published.
+
+    Raises:
+        StorageError: The store refused.
+    """
+    table = _open(layout)
+    snapshot = snapshot.model_copy(update={"snapshot_id": _last_id(table) + 1})
+    uri = layout.snapshots_uri
+    try:
+        lance.write_dataset(
+            _row(snapshot),
+            uri,
+            mode="create" if table is None else "append",
+            storage_options=lance_options(uri),
+        )
+    except (OSError, ValueError) as error:
+        raise _refused(uri, error) from error
+    return snapshot
+
+
+def latest(layout: Layout) -> Snapshot:
+    """The snapshot that was published last.
+
+    Raises:
+        DataError: None was published here.
+        StorageError: The store refused.
+    """
+    table = _open(layout)
+    last = _last_id(table)
+    if table is None or not last:
+        raise _nothing_published(layout)
+    return _read(layout, table, last)
+
+
+def by_id(layout: Layout, snapshot_id: int) -> Snapshot:
+    """The snapshot with this id.
+
+    Raises:
+        DataError: There is none; the message names the ids that there are.
+        StorageError: The store refused.
+    """
+    table = _open(layout)
+    if table is None:
+        raise _nothing_published(layout)
+    return _read(layout, table, snapshot_id)
+
+
+def list_snapshots(layout: Layout) -> Iterator[Snapshot]:
+    """All snapshots, the newest first; read one by one. None where nothing was published.
+
+    Raises:
+        DataError: A record is not readable.
+        StorageError: The store refused.
+    """
+    table = _open(layout)
+    if table is not None:
+        for snapshot_id in reversed(_ids(table)):
+            yield _read(layout, table, snapshot_id)
+
+
+def _open(layout: Layout) -> lance.LanceDataset | None:
+    uri = layout.snapshots_uri
+    # Asked of the store itself: Lance tells a missing table from wrong credentials by words alone.
+    if not exists(join_uri(uri, "_versions")):
+        return None
+    try:
+        return lance.dataset(uri, storage_options=lance_options(uri))
+    except (OSError, ValueError) as error:
+        raise _refused(uri, error) from error
+
+
+def _ids(table: lance.LanceDataset) -> list[int]:
+    ids: list[int] = table.to_table(columns=["snapshot_id"])["snapshot_id"].to_pylist()
+    return sorted(ids)
+
+
+def _last_id(table: lance.LanceDataset | None) -> int:
+    return max(_ids(table), default=0) if table is not None else 0
+
+
+def _row(snapshot: Snapshot) -> pa.Table:
+    deleted = np.asarray(snapshot.deleted_image_ids, np.int64)
+    return pa.table(
+        {
+            "snapshot_id": [snapshot.snapshot_id],
+            "created_at": [snapshot.created_at],
+            "fingerprint": [snapshot.fingerprint],
+            "record": [snapshot.model_dump_json(exclude={"deleted_image_ids"})],
+            "deleted_image_ids": pa.ListArray.from_arrays([0, len(deleted)], deleted),
+        },
+        schema=SNAPSHOTS_SCHEMA,
+    )
+
+
+def _read(layout: Layout, table: lance.LanceDataset, snapshot_id: int) -> Snapshot:
+    uri = layout.snapshots_uri
+    try:
+        rows = table.to_table(
+            columns=["record", "deleted_image_ids"], filter=f"snapshot_id = {int(snapshot_id)}"
+        ).to_pylist()
+    except (OSError, ValueError) as error:
+        raise _refused(uri, error) from error
+    if not rows:
+        known = ", ".join(map(str, _ids(table)[-10:]))
+        raise DataError(f"{layout.index_uri} has no snapshot {snapshot_id}; the last ones are {known}")
+    record = json.loads(rows[0]["record"]) | {"deleted_image_ids": rows[0]["deleted_image_ids"]}
+    try:
+        return Snapshot.model_validate(record)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise DataError(
+            f"snapshot {snapshot_id} of {layout.index_uri} cannot be read ({where}: {first['msg']}); "
+            "it was published by another version of for_ray, use that one"
+        ) from error
+
+
+def _nothing_published(layout: Layout) -> DataError:
+    return DataError(
+        f"{layout.index_uri} has no published snapshot; check the uri, or run jobs/index.py --index "
+        f"{layout.index_uri}"
+    )
+
+
+def _refused(uri: str, error: Exception) -> StorageError:
+    # Lance ends its messages with the place in its own source.
+    reason = " ".join(str(error).split(", /")[0].split())
+    return StorageError(
+        f"{uri} is not readable or writable as a Lance table: {reason}; check the uri, the "
+        "credentials and the endpoint"
+    )

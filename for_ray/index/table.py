@@ -1,0 +1,280 @@
+"""The table of encoded images, `images.lance`: made, appended to, deleted from, and read by image id.
+
+It is the only checkpoint of an index. Image id = row id, which stays the same through deletes, appends and
+compaction; ids grow in the order of the commits and are never given twice.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import lance
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from for_ray.errors import DataError, StorageError
+from for_ray.schema import pack_vector_ids
+from for_ray.storage import exists, join_uri, lance_options
+
+IDS_IN_A_DELETE = 10_000
+
+
+class ImageVectors(NamedTuple):
+    """Vectors of images, one image behind the other.
+
+    Attributes:
+        image_ids: int64 [n].
+        offsets: int64 [n + 1]; image i has the vectors `offsets[i]` to `offsets[i + 1]`, in slot order.
+        vectors: float16 [offsets[-1], D], unit length.
+    """
+
+    image_ids: NDArray[np.int64]
+    offsets: NDArray[np.int64]
+    vectors: NDArray[np.float16]
+
+    @property
+    def vector_ids(self) -> NDArray[np.int64]:
+        """The vector id of each vector, int64 [offsets[-1]]."""
+        counts = np.diff(self.offsets)
+        slots = np.arange(len(self.vectors)) - np.repeat(self.offsets[:-1], counts)
+        return pack_vector_ids(np.repeat(self.image_ids, counts), slots)
+
+
+def open_table(table_uri: str, *, version: int | None = None) -> Any | None:
+    """The table at a version, or at its latest one; None when there is no table yet.
+
+    Raises:
+        StorageError: The store refused, or what lies there is no table.
+    """
+    if not exists(join_uri(table_uri, "_versions")):
+        return None
+    with _refusals(table_uri):
+        return lance.dataset(table_uri, version=version, storage_options=lance_options(table_uri))
+
+
+def require_table(table_uri: str, *, version: int | None = None) -> Any:
+    """As `open_table`, where there must be one.
+
+    Raises:
+        DataError: There is none.
+    """
+    table = open_table(table_uri, version=version)
+    if table is None:
+        raise DataError(f"{table_uri} is not there; run jobs/index.py again")
+    return table
+
+
+def version_of(table: Any | None) -> int:
+    """The table's version; 0 where there is no table."""
+    return 0 if table is None else int(table.version)
+
+
+def create_table(table_uri: str, schema: pa.Schema) -> Any:
+    """An empty table whose row ids are stable."""
+    with _refusals(table_uri):
+        return lance.write_dataset(
+            schema.empty_table(),
+            table_uri,
+            mode="create",
+            enable_stable_row_ids=True,
+            storage_options=lance_options(table_uri),
+        )
+
+
+def write_fragments(rows: pa.Table, table_uri: str) -> list[str]:
+    """Write rows as files of the table without adding them to it; each fragment as JSON for `append`."""
+    with _refusals(table_uri):
+        fragments = lance.fragment.write_fragments(
+            rows, table_uri, schema=rows.schema, mode="append", storage_options=lance_options(table_uri)
+        )
+    return [json.dumps(fragment.to_json()) for fragment in fragments]
+
+
+def append(table: Any, fragments: Iterable[str]) -> Any:
+    """Add written fragments in one commit; the table after it."""
+    added = [lance.FragmentMetadata.from_json(fragment) for fragment in fragments]
+    with _refusals(table.uri):
+        return lance.LanceDataset.commit(
+            table.uri,
+            lance.LanceOperation.Append(added),
+            read_version=table.version,
+            storage_options=lance_options(table.uri),
+        )
+
+
+def delete_images(table: Any, image_ids: NDArray[np.int64]) -> None:
+    """Take rows out of the table's latest version; ids that it does not hold are passed over."""
+    for start in range(0, len(image_ids), IDS_IN_A_DELETE):
+        ids = ", ".join(map(str, image_ids[start : start + IDS_IN_A_DELETE].tolist()))
+        with _refusals(table.uri):
+            table.delete(f"_rowid in ({ids})")
+
+
+def check_columns(table: Any, schema: pa.Schema) -> None:
+    """Refuse metadata columns that the table holds with another type.
+
+    Raises:
+        DataError: A column has another type than it had.
+    """
+    known = {field.name: field.type for field in table.schema}
+    for field in schema:
+        if field.name in known and known[field.name] != field.type:
+            raise DataError(
+                f"{table.uri}: the column {field.name!r} has been {known[field.name]} and is {field.type} in "
+                "the manifest; give it its old type, or another name"
+            )
+
+
+def add_missing_columns(table: Any, schema: pa.Schema) -> None:
+    """Give the table the metadata columns of a manifest that it does not have yet; old rows get nulls."""
+    known = set(table.schema.names)
+    added = [field.with_nullable(True) for field in schema if field.name not in known]
+    if added:
+        with _refusals(table.uri):
+            table.add_columns(pa.schema(added))
+
+
+def scan_state(table: Any) -> Iterator[pa.RecordBatch]:
+    """What a diff has to know of every row: `uri`, `etag`, `error`, `_rowid` (uint64)."""
+    yield from _scan(table, ["uri", "etag", "error"], with_row_id=True)
+
+
+def count_images(table: Any) -> tuple[int, int]:
+    """Rows that are indexed, and rows that are quarantined."""
+    with _refusals(table.uri):
+        num_quarantined = table.count_rows("error IS NOT NULL")
+        return table.count_rows() - num_quarantined, num_quarantined
+
+
+def worst_causes(table: Any, *, limit: int) -> list[tuple[str, int, str]]:
+    """The commonest reasons of quarantine, worst first: reason, images, and the uri of one of them.
+
+    A reason counts up to its first colon or parenthesis, so that sizes and offsets do not split it.
+    """
+    counts: Counter[str] = Counter()
+    examples: dict[str, str] = {}
+    for batch in _scan(table, ["uri", "error"], filter="error IS NOT NULL"):
+        for uri, error in zip(batch["uri"].to_pylist(), batch["error"].to_pylist(), strict=True):
+            cause = re.split(r"[:(]", error, maxsplit=1)[0].strip() or error
+            counts[cause] += 1
+            examples.setdefault(cause, uri)
+    return [(cause, count, examples[cause]) for cause, count in counts.most_common(limit)]
+
+
+def sweep_versions(table_uri: str, kept: Iterable[int]) -> None:
+    """Remove the versions of the table that nobody needs, with the files that only these refer to.
+
+    Kept are the latest version and those in `kept`, which get a tag. Files that no version refers to, as a
+    killed task leaves them, go when they are a week old: until then they might be those of a commit to come.
+    """
+    table = require_table(table_uri)
+    with _refusals(table_uri):
+        tags = table.tags.list()
+        for version in kept:
+            if f"v{version}" not in tags:
+                table.tags.create(f"v{version}", version)
+        table.cleanup_old_versions(older_than=datetime.timedelta(0), error_if_tagged_old_versions=False)
+
+
+class Held(NamedTuple):
+    """What a range of image ids holds: images, their vectors, and the end of their ids."""
+
+    num_images: int
+    num_vectors: int
+    end: int
+
+
+def count_held(table: Any, first: int) -> Held:
+    """Count the images with an id of at least `first`, by their boxes: fewer bytes than their vectors."""
+    held = Held(0, 0, first)
+    for batch in _scan(table, ["boxes"], with_row_id=True, filter=f"_rowid >= {first}"):
+        if batch.num_rows:
+            held = Held(
+                held.num_images + batch.num_rows,
+                held.num_vectors + _num_items(batch["boxes"]),
+                max(held.end, pc.max(batch["_rowid"]).as_py() + 1),
+            )
+    return held
+
+
+def count_vectors(table: Any, image_ids: NDArray[np.int64]) -> int:
+    """The number of vectors of these images; ids that the table does not hold count nothing."""
+    num_vectors = 0
+    for start in range(0, len(image_ids), IDS_IN_A_DELETE):
+        taken = _take(table, image_ids[start : start + IDS_IN_A_DELETE], ["boxes"])
+        num_vectors += _num_items(taken["boxes"])
+    return num_vectors
+
+
+def _num_items(lists: pa.Array | pa.ChunkedArray) -> int:
+    return pc.sum(pc.list_value_length(lists)).as_py() or 0
+
+
+def missing_image_ids(table: Any, first: int, end: int) -> NDArray[np.int64]:
+    """The ids with `first` <= id < `end` that the table does not hold any more, ascending."""
+    is_missing = np.ones(max(end - first, 0), bool)
+    for ids in _scan_image_ids(table, f"_rowid >= {first} AND _rowid < {end}"):
+        is_missing[ids - first] = False
+    return np.flatnonzero(is_missing) + first
+
+
+def _scan_image_ids(table: Any, predicate: str) -> Iterator[NDArray[np.int64]]:
+    for batch in _scan(table, [], with_row_id=True, filter=predicate):
+        if batch.num_rows:
+            yield batch["_rowid"].to_numpy().astype(np.int64)
+
+
+def read_vectors(table: Any, first: int, end: int, *, batch_rows: int) -> Iterator[ImageVectors]:
+    """The vectors of the images with `first` <= id < `end`, in batches; quarantined images have none."""
+    predicate = f"_rowid >= {first} AND _rowid < {end}"
+    for batch in _scan(table, ["vectors"], with_row_id=True, filter=predicate, batch_size=batch_rows):
+        yield unpack_vectors(batch["_rowid"], batch["vectors"])
+
+
+def take_vectors(table: Any, image_ids: Sequence[int] | NDArray[np.int64]) -> ImageVectors:
+    """The vectors of these images, in the order given; ids that the table does not hold are left out."""
+    ids = np.asarray(image_ids, np.int64)
+    if not len(ids):
+        dim = table.schema.field("vectors").type.value_type.list_size
+        return ImageVectors(ids, np.zeros(1, np.int64), np.empty((0, dim), np.float16))
+    rows = _take(table, ids, ["vectors", "_rowid"])
+    return unpack_vectors(rows["_rowid"], rows["vectors"])
+
+
+def unpack_vectors(row_ids: pa.Array | pa.ChunkedArray, column: pa.Array | pa.ChunkedArray) -> ImageVectors:
+    """The columns `_rowid` and `vectors` as numpy, without a copy where they are in one piece."""
+    if isinstance(column, pa.ChunkedArray):
+        column, row_ids = column.combine_chunks(), row_ids.combine_chunks()
+    counts = pc.fill_null(pc.list_value_length(column), 0).to_numpy(zero_copy_only=False)
+    values = column.flatten()
+    vectors = values.flatten().to_numpy(zero_copy_only=False).reshape(-1, values.type.list_size)
+    offsets = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+    return ImageVectors(row_ids.to_numpy().astype(np.int64), offsets, vectors)
+
+
+def _scan(table: Any, columns: list[str], **options: Any) -> Iterator[pa.RecordBatch]:
+    with _refusals(table.uri):
+        yield from table.scanner(columns=columns, **options).to_batches()
+
+
+def _take(table: Any, image_ids: NDArray[np.int64], columns: list[str]) -> pa.Table:
+    with _refusals(table.uri):
+        return table._take_rows(image_ids.tolist(), columns=columns)
+
+
+@contextmanager
+def _refusals(table_uri: str) -> Iterator[None]:
+    """Lance tells refusals by ValueError and OSError, and ends them with the place in its own source."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split(", /")[0].split())
+        raise StorageError(f"{table_uri} cannot be read or written as a Lance table: {reason}") from error

@@ -1,0 +1,280 @@
+"""What the workers of the encode stage do with a block of images: read, encode, write.
+
+What a row can't be blamed for (the network, the credentials) is raised; what it can becomes its `error`.
+"""
+
+from __future__ import annotations
+
+import datetime
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from for_ray.errors import DataError
+from for_ray.index.table import write_fragments
+from for_ray.model.bundle import Bundle, open_bundle
+from for_ray.model.preprocess import Interpolation, ResizeMode, decode, uncrop_boxes
+from for_ray.schema import BOXES_TYPE, pack_boxes, vectors_type
+from for_ray.storage import ObjectChanged, ObjectGone, read_image
+
+BLOCK_BYTES = 48 * 2**20
+"""Pixels of a block, at most: the unit of transport, of a retry and of what a dead worker loses."""
+
+FRAGMENT_BYTES = 128 * 2**20
+"""Vectors of a fragment, at most: what a writing task holds in memory."""
+
+OK, GONE, CHANGED = 0, 1, 2
+"""The `status` of a row on its way: to be stored, or passed over: deleted, replaced since the listing."""
+
+
+@dataclass(frozen=True)
+class EncodeJob:
+    """What every worker of the stage has to know.
+
+    Attributes:
+        bundle_uri: The encoder, where all workers can read it.
+        table_uri: The table that the rows are for; it exists.
+        schema: Its columns.
+        image_size: Side of the model's input in pixels.
+        resize_mode: How an image becomes a square; `preprocess` knows.
+        interpolation: Of the resize.
+        device: Where the actors encode: `auto` or `cpu`.
+        num_slots: Vectors of an image at most.
+        dim: D.
+        batch_size: Images that the model takes at once.
+        read_threads: Objects that a reading task fetches at once.
+    """
+
+    bundle_uri: str
+    table_uri: str
+    schema: pa.Schema
+    image_size: int
+    resize_mode: ResizeMode
+    interpolation: Interpolation
+    device: str
+    num_slots: int
+    dim: int
+    batch_size: int
+    read_threads: int
+
+    @classmethod
+    def of(
+        cls, bundle: Bundle, bundle_uri: str, table: Any, *, device: str, batch_size: int, read_threads: int
+    ) -> EncodeJob:
+        """The job of a bundle that lies at `bundle_uri`, for a table of its vectors."""
+        return cls(
+            bundle_uri=bundle_uri,
+            table_uri=table.uri,
+            schema=table.schema,
+            image_size=bundle.image_size,
+            resize_mode=bundle.resize_mode,
+            interpolation=bundle.config.interpolation,
+            device="cpu" if device == "cpu" else "auto",
+            num_slots=bundle.num_slots,
+            dim=bundle.dim,
+            batch_size=batch_size,
+            read_threads=read_threads,
+        )
+
+    def block_rows(self, num_images: int, num_actors: int) -> int:
+        """Images of a block: whole batches, bounded by memory, and enough blocks to keep every actor busy."""
+        by_memory = BLOCK_BYTES // (3 * self.image_size**2)
+        by_share = -(-num_images // (4 * num_actors))
+        return max(1, min(by_memory, by_share) // self.batch_size) * self.batch_size
+
+    def fragment_rows(self, num_images: int) -> int:
+        """Images of a fragment: few large files for many images, early commits for few."""
+        by_memory = FRAGMENT_BYTES // (self.num_slots * self.dim * 2)
+        return max(1, min(by_memory, max(256, num_images // 200), 8192))
+
+
+class EncodeCounts(NamedTuple):
+    """What came out: rows stored (with those quarantined), rows quarantined, gone and changed meanwhile."""
+
+    stored: int = 0
+    quarantined: int = 0
+    gone: int = 0
+    changed: int = 0
+
+    def plus(self, other: EncodeCounts) -> EncodeCounts:
+        """The sum, field by field."""
+        return EncodeCounts(*(mine + its for mine, its in zip(self, other, strict=True)))
+
+    @property
+    def skipped(self) -> int:
+        """Rows of images that were deleted or replaced between the listing and the reading."""
+        return self.gone + self.changed
+
+    @property
+    def total(self) -> int:
+        """Rows that went through the stage."""
+        return self.stored + self.skipped
+
+
+# Reading: a task
+
+
+def read_block(block: pa.Table, *, job: EncodeJob) -> pa.Table:
+    """Fetch and decode a block of the gap.
+
+    Args:
+        block: `LISTING_SCHEMA` and metadata columns.
+        job: The job.
+
+    Returns:
+        The same rows with `width`, `height`, `error`, `status` and `pixels` [3 * S * S] uint8; the rows that
+        have pixels come first, so that the encoder sees them in one piece.
+
+    Raises:
+        StorageError: The store refused, or the network failed again and again.
+    """
+    size = job.image_size
+    pixels = np.zeros((block.num_rows, 3, size, size), np.uint8)
+    read = partial(_read_row, pixels=pixels, job=job)
+    rows = zip(range(block.num_rows), block["uri"].to_pylist(), block["etag"].to_pylist(), strict=True)
+    with ThreadPoolExecutor(min(job.read_threads, max(block.num_rows, 1))) as pool:
+        outcomes = list(pool.map(read, rows))
+    columns = list(zip(*outcomes, strict=True)) or [(), (), (), ()]
+    for name, kind, values in zip(_READ_COLUMNS, _READ_COLUMNS.values(), columns, strict=True):
+        block = block.append_column(name, pa.array(values, kind))
+    has_pixels = np.asarray(pc.is_valid(block["width"]))
+    if not has_pixels.all():
+        order = np.argsort(~has_pixels, kind="stable")
+        block, pixels = block.take(order), pixels[order]
+    flat = pa.FixedSizeListArray.from_arrays(pa.array(pixels.reshape(-1)), 3 * size * size)
+    return block.append_column("pixels", flat)
+
+
+_READ_COLUMNS = {"width": pa.int32(), "height": pa.int32(), "error": pa.string(), "status": pa.int8()}
+
+_Outcome = tuple[int | None, int | None, str | None, int]
+
+
+def _read_row(row: tuple[int, str, str], *, pixels: NDArray[np.uint8], job: EncodeJob) -> _Outcome:
+    position, uri, etag = row
+    try:
+        decoded = decode(
+            read_image(uri, etag),
+            image_size=job.image_size,
+            resize_mode=job.resize_mode,
+            interpolation=job.interpolation,
+        )
+    except ObjectGone:
+        return None, None, None, GONE
+    except ObjectChanged:
+        return None, None, None, CHANGED
+    except DataError as error:
+        return None, None, str(error), OK
+    pixels[position] = decoded.pixels
+    return decoded.width, decoded.height, None, OK
+
+
+# Encoding: an actor
+
+
+class EncodeImages:
+    """An encoder on its device: blocks of pixels become rows of the table.
+
+    Args:
+        job: The job.
+        num_threads: Threads of the model where it runs on the CPU.
+    """
+
+    def __init__(self, job: EncodeJob, num_threads: int) -> None:
+        import torch
+
+        from for_ray.model.encoder import load_encoder
+
+        torch.set_num_threads(num_threads)
+        self._job = job
+        self._encoder = load_encoder(open_bundle(job.bundle_uri, allow_untrained=True), job.device)
+
+    def __call__(self, block: pa.Table) -> pa.Table:
+        """Add `vectors` and `boxes` to what `read_block` gives, and take its pixels away."""
+        num_valid = block.num_rows - block["width"].null_count
+        size = self._job.image_size
+        flat = block["pixels"].combine_chunks().flatten().to_numpy(zero_copy_only=True)
+        pixels = flat.reshape(-1, 3, size, size)[:num_valid]
+        widths, heights = (block[name].to_numpy()[:num_valid] for name in ("width", "height"))
+        vectors, boxes, keep = self._encode(pixels, widths, heights)
+        counts = np.zeros(block.num_rows, np.int64)
+        counts[:num_valid] = keep.sum(axis=1)
+        kept_vectors, kept_boxes = vectors[keep], pack_boxes(boxes[keep])
+        block = block.drop_columns(["pixels"])
+        block = block.append_column("vectors", _lists(kept_vectors, counts, vectors_type(self._job.dim)))
+        block = block.append_column("boxes", _lists(kept_boxes, counts, BOXES_TYPE))
+        return _quarantine_empty(block, counts, num_valid)
+
+    def _encode(
+        self, pixels: NDArray[np.uint8], widths: NDArray[np.number], heights: NDArray[np.number]
+    ) -> tuple[NDArray[np.float16], NDArray[np.float32], NDArray[np.bool_]]:
+        import torch
+
+        job = self._job
+        if not len(pixels):
+            empty = (0, job.num_slots)
+            return (
+                np.empty((*empty, job.dim), np.float16),
+                np.empty((*empty, 4), np.float32),
+                np.empty(empty, bool),
+            )
+        with warnings.catch_warnings():
+            warnings.simplefilter(
+                "ignore", UserWarning
+            )  # Ray's store is read-only; nothing writes to the tensor
+            tensor = torch.from_numpy(pixels)
+        # Nothing here waits for the device, so that batches queue up on it; the copy back at the end does.
+        parts = [self._encoder.encode(batch) for batch in torch.split(tensor, job.batch_size)]
+        vectors = torch.cat([part.vectors for part in parts])
+        keep = torch.cat([part.keep for part in parts]) & vectors.isfinite().all(dim=-1)
+        boxes = torch.cat([part.boxes for part in parts]).float().cpu().numpy()
+        boxes = uncrop_boxes(boxes, widths, heights, resize_mode=job.resize_mode)
+        return vectors.half().cpu().numpy(), boxes, keep.cpu().numpy()
+
+
+def _lists(values: NDArray[Any], counts: NDArray[np.int64], kind: pa.DataType) -> pa.ListArray:
+    offsets = pa.array(np.concatenate([[0], np.cumsum(counts)]).astype(np.int32))
+    items = pa.FixedSizeListArray.from_arrays(
+        pa.array(np.ascontiguousarray(values).reshape(-1)), values.shape[1]
+    )
+    return pa.ListArray.from_arrays(offsets, items).cast(kind)
+
+
+def _quarantine_empty(block: pa.Table, counts: NDArray[np.int64], num_valid: int) -> pa.Table:
+    is_empty = (counts == 0) & (np.arange(block.num_rows) < num_valid)
+    if not is_empty.any():
+        return block
+    reason = pa.scalar("the encoder gives no finite vector for this image")
+    errors = pc.if_else(pa.array(is_empty), reason, block["error"])
+    return block.set_column(block.column_names.index("error"), "error", errors)
+
+
+# Writing: a task
+
+
+def write_block(block: pa.Table, *, job: EncodeJob) -> pa.Table:
+    """Write rows as files of the table; one row comes back, with the fragments as JSON and the counts."""
+    status = block["status"]
+    stored = block.filter(pc.equal(status, OK))
+    now = datetime.datetime.now(datetime.UTC)
+    stored = stored.append_column(
+        "encoded_at", pa.array([now] * stored.num_rows, pa.timestamp("us", tz="UTC"))
+    )
+    for name in set(job.schema.names) - set(stored.column_names):
+        stored = stored.append_column(name, pa.nulls(stored.num_rows, job.schema.field(name).type))
+    rows = stored.select(job.schema.names).cast(job.schema)
+    fragments = write_fragments(rows, job.table_uri) if rows.num_rows else []
+    counts = EncodeCounts(
+        stored=rows.num_rows,
+        quarantined=rows.num_rows - rows["error"].null_count,
+        gone=pc.sum(pc.equal(status, GONE)).as_py() or 0,
+        changed=pc.sum(pc.equal(status, CHANGED)).as_py() or 0,
+    )
+    return pa.table({"fragments": [fragments], **{name: [count] for name, count in counts._asdict().items()}})

@@ -1,0 +1,172 @@
+"""The Ray cluster that the stages run on: the one that is there, or one of this machine's own."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import secrets
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import for_ray
+from for_ray.errors import ConfigError
+from for_ray.index.plan import DEFAULT_MEMORY_BYTES
+
+FORWARDED = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION", "AWS_PROFILE")
+"""What workers need to reach the driver's store. Secrets are not sent: nodes have a role, or their own."""
+
+MOST_STORE_BYTES, LEAST_STORE_BYTES = 2 << 30, 80 << 20
+"""Ray's shared memory on a single machine: blocks stream, so that more would lie idle; Ray needs 75 MiB."""
+
+
+class Cluster:
+    """A cluster that is joined, or started, when something is first asked of it.
+
+    Args:
+        stack: Leaves the cluster when it is closed.
+    """
+
+    def __init__(self, stack: ExitStack) -> None:
+        self._stack = stack
+        if "ray" not in sys.modules:
+            # The C++ part of every driver that has actors logs an "error" to stderr that is none (ray 2.60:
+            # "Actor … has constructor arguments in the object store"), into the middle of the progress.
+            os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+            if _is_own():
+                _prepare_environment()
+
+    @cached_property
+    def resources(self) -> dict[str, float]:
+        """What the cluster has, in Ray's names (`CPU`, `GPU`, `memory`, …)."""
+        return self._stack.enter_context(connect())
+
+    @property
+    def task_cpus(self) -> int:
+        """CPUs for a task that has threads: those of the largest node that is there, four at most."""
+        _ = self.resources
+        import ray
+
+        nodes = [node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]]
+        return max(1, min(4, int(max(nodes, default=1))))
+
+    @property
+    def task_memory_bytes(self) -> int:
+        """Memory that a task may reserve and use: the plan's, or half of a node's where nodes are small."""
+        _ = self.resources
+        import ray
+
+        nodes = [node["Resources"].get("memory", 0) for node in ray.nodes() if node["Alive"]]
+        return max(1, min(DEFAULT_MEMORY_BYTES, int(max(nodes, default=0)) // 2))
+
+    @property
+    def task_gpus(self) -> int:
+        """GPUs for a task that can use one: 1, or 0 where there are none."""
+        return min(1, int(self.resources.get("GPU", 0)))
+
+
+@contextmanager
+def connect() -> Iterator[dict[str, float]]:
+    """Join the cluster of RAY_ADDRESS, or start one on this machine for the time of the block.
+
+    A session that the process has already joined is used, and left as it is.
+
+    Yields:
+        What the cluster has, in Ray's names (`CPU`, `GPU`, `memory`, …).
+
+    Raises:
+        ConfigError: RAY_ADDRESS names no cluster that answers, or none can be started here.
+    """
+    import ray
+
+    if ray.is_initialized():
+        yield ray.cluster_resources()
+        return
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    _start(ray) if _is_own() else _join(ray, os.environ["RAY_ADDRESS"])
+    try:
+        yield ray.cluster_resources()
+    finally:
+        ray.shutdown()
+
+
+def _is_own() -> bool:
+    return os.environ.get("RAY_ADDRESS", "") in ("", "local")
+
+
+def _prepare_environment() -> None:
+    """Set what a cluster of our own reads while Ray is imported; what the user has set stays."""
+    if "RAY_AUTH_MODE" not in os.environ:
+        # Ray listens on all interfaces: a token that only this run's processes know keeps everybody else out.
+        os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    package_path = str(Path(for_ray.__file__).resolve().parents[1])
+    paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    if package_path not in paths:
+        os.environ["PYTHONPATH"] = os.pathsep.join([package_path, *filter(None, paths)])
+
+
+def _start(ray: Any) -> None:
+    try:
+        with _silence():
+            ray.init(
+                address="local",
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                object_store_memory=_store_bytes(),
+            )
+    except Exception as error:  # Ray raises a bare one when its processes do not come up in time
+        reason = str(error).strip().splitlines()[0]
+        message = f"Ray cannot be started here: {reason}; has the machine CPU and memory left?"
+        raise ConfigError(message) from error
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Keep what C++ and forked children say at a start off the terminal; Python's errors are exceptions."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+
+
+def _join(ray: Any, address: str) -> None:
+    try:
+        with _silence():
+            ray.init(
+                address=address, log_to_driver=False, logging_level=logging.ERROR, runtime_env=_runtime_env()
+            )
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(
+            f"RAY_ADDRESS={address}: no cluster answers there ({reason}); start one, correct the address, or "
+            "unset it to run on this machine alone"
+        ) from None
+
+
+def _runtime_env() -> dict[str, Any]:
+    """What workers on other nodes need of the driver's environment; a job's own settings stay as they are."""
+    submitted = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}").get("runtime_env") or {}
+    given = submitted.get("env_vars") or {}
+    env_vars = {name: os.environ[name] for name in FORWARDED if name in os.environ and name not in given}
+    return {"env_vars": env_vars} if env_vars else {}
+
+
+def _store_bytes() -> int:
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    store = min(MOST_STORE_BYTES, memory * 3 // 10)
+    shared = Path("/dev/shm")  # noqa: S108 - asked for its size only
+    if shared.exists() and shutil.disk_usage(shared).free > LEAST_STORE_BYTES * 2:
+        store = min(store, shutil.disk_usage(shared).free * 9 // 10)
+    return max(store, LEAST_STORE_BYTES)

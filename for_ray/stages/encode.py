@@ -1,0 +1,262 @@
+"""Encode: the images that the gap names → rows of `images.lance`, by Ray Data.
+
+    read_parquet(gap) → blocks of a few hundred images
+    read_block    CPU tasks: fetch (one request an object, bound to its etag), decode → uint8 pixels
+    EncodeImages  an actor pool, one GPU each where the cluster has GPUs: pixels → vectors and boxes
+    write_block   CPU tasks: files of the table; their description goes to the driver
+    encode        the driver: commits what has come, every few seconds
+
+A row that is committed is never encoded again; a task that is retried leaves an orphaned file, never a row.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import queue
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import ray
+from ray.data import ActorPoolStrategy, DataContext, Dataset
+
+from for_ray.index.table import append
+from for_ray.stages.blocks import EncodeCounts, EncodeImages, EncodeJob, read_block, write_block
+from for_ray.storage import Lease, arrow_filesystem
+
+TASK_RETRIES = 3
+"""A block that kills its process this often again ends the run: without a bound Ray retries it for ever."""
+
+NO_PROGRESS_SECONDS = 1200
+"""Ray Data gives up when nothing has moved for this long; a GPU node may take minutes to come."""
+
+HALF_A_CPU = 0.5
+"""What a reading or writing task reserves, and an actor without a GPU: half of each other's room, so that
+neither kind can keep the other from starting, and both cores of a small machine are busy."""
+
+
+@dataclass(frozen=True)
+class Pool:
+    """The actors that encode.
+
+    Attributes:
+        min_actors: How many to start with.
+        max_actors: How many the pool may grow to.
+        num_gpus: GPUs of an actor, 0 or 1.
+        num_cpus: CPUs of an actor. An actor with a GPU takes none: it would starve the tasks that feed it.
+    """
+
+    min_actors: int
+    max_actors: int
+    num_gpus: int
+    num_cpus: float
+
+
+def choose_pool(
+    resources: dict[str, float],
+    *,
+    num_batches: int,
+    min_actors: int = 1,
+    max_actors: int | None = None,
+    device: str = "auto",
+) -> Pool:
+    """How many actors encode, and on what.
+
+    Without GPUs there is an actor with one thread for each CPU, and half a CPU of it in Ray's books.
+
+    Args:
+        resources: What the cluster has, in Ray's names.
+        num_batches: Batches to encode: more actors than these would idle.
+        min_actors: How many to start with.
+        max_actors: The most; what the cluster has room for where None.
+        device: `auto` takes the GPUs that are there, `cuda` also those that come when asked for, `cpu` none.
+    """
+    num_gpus = int(resources.get("GPU", 0))
+    has_gpus = device == "cuda" or (device == "auto" and num_gpus > 0)
+    room = num_gpus if has_gpus else int(resources.get("CPU", 1))
+    most = max(1, min(max_actors or max(room, min_actors), num_batches))
+    return Pool(min(min_actors, most), most, num_gpus=int(has_gpus), num_cpus=0 if has_gpus else HALF_A_CPU)
+
+
+def encode(
+    table: Any,
+    gap_uri: str,
+    *,
+    job: EncodeJob,
+    pool: Pool,
+    num_images: int,
+    commit_seconds: float,
+    most_bad: float,
+    lease: Lease,
+    on_progress: Callable[[int], None],
+) -> tuple[Any, EncodeCounts]:
+    """Encode what the gap names and append it to the table.
+
+    Args:
+        table: The table, at its latest version; nobody else writes to it.
+        gap_uri: A folder of Parquet files: `LISTING_SCHEMA` and metadata columns.
+        job: What the workers have to know.
+        pool: The actors.
+        num_images: Rows of the gap.
+        commit_seconds: Time between two commits.
+        most_bad: The stage stops when more images than this turn out to be unreadable, gone or changed.
+        lease: Checked before each commit.
+        on_progress: Called with the number of rows that came through.
+
+    Returns:
+        The table after the last commit, and the counts.
+    """
+    counts = EncodeCounts()
+    pending: list[str] = []
+    last_commit = time.monotonic()
+    try:
+        for written in _drain(
+            make_dataset(gap_uri, job=job, pool=pool, num_images=num_images), commit_seconds
+        ):
+            if written is not None:
+                counts = counts.plus(
+                    EncodeCounts(*(written[name][0].as_py() for name in EncodeCounts._fields))
+                )
+                pending += written["fragments"][0].as_py()
+                on_progress(counts.total)
+            if time.monotonic() - last_commit >= commit_seconds:
+                table, pending = _commit(table, pending, lease=lease), []
+                last_commit = time.monotonic()
+            if counts.quarantined + counts.skipped > most_bad:
+                break
+    finally:
+        # Also when the stage fails: the next run need not encode these again.
+        table = _commit(table, pending, lease=lease)
+    return table, counts
+
+
+def _commit(table: Any, fragments: list[str], *, lease: Lease) -> Any:
+    if not fragments:
+        return table
+    lease.check()
+    return append(table, fragments)
+
+
+def _data_context() -> DataContext:
+    context = copy.deepcopy(DataContext.get_current())
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    context.execution_no_progress_timeout_s = NO_PROGRESS_SECONDS
+    context.retried_map_errors = ["StorageError"]
+    context.max_map_retries = TASK_RETRIES
+    for handler in logging.getLogger("ray.data").handlers:
+        if isinstance(handler, logging.StreamHandler):  # what it says to the console; its log file stays
+            handler.setLevel(logging.CRITICAL)
+    return context
+
+
+def make_dataset(
+    gap_uri: str,
+    *,
+    job: EncodeJob,
+    pool: Pool,
+    num_images: int,
+    read: Callable[..., pa.Table] = read_block,
+    encode_with: type[EncodeImages] = EncodeImages,
+) -> Dataset:
+    """The stage as a lazy dataset whose rows are those of `write_block`; the arguments are those of `encode`.
+
+    Args:
+        gap_uri: See `encode`.
+        job: See `encode`.
+        pool: See `encode`.
+        num_images: See `encode`.
+        read: Gives blocks their pixels, as `read_block` does.
+        encode_with: The actors' class.
+    """
+    # Named options for what bounds the retries do not exist yet; the old way is said to end with Ray 2.64.
+    with DataContext.current(_data_context()), warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return _make_dataset(gap_uri, job, pool, num_images, read, encode_with)
+
+
+def _make_dataset(
+    gap_uri: str,
+    job: EncodeJob,
+    pool: Pool,
+    num_images: int,
+    read: Callable[..., pa.Table],
+    encode_with: type[EncodeImages],
+) -> Dataset:
+    filesystem, path = arrow_filesystem(gap_uri)
+    block_rows = job.block_rows(num_images, pool.max_actors)
+    listed = ray.data.read_parquet(path, filesystem=filesystem, num_cpus=HALF_A_CPU)
+    decoded = listed.repartition(target_num_rows_per_block=block_rows).map_batches(
+        read,
+        fn_kwargs={"job": job},
+        batch_size=None,
+        batch_format="pyarrow",
+        num_cpus=HALF_A_CPU,
+        max_retries=TASK_RETRIES,
+    )
+    encoded = decoded.map_batches(
+        encode_with,
+        fn_constructor_args=(job, 1),
+        batch_size=block_rows,
+        batch_format="pyarrow",
+        compute=ActorPoolStrategy(
+            min_size=pool.min_actors, max_size=pool.max_actors, max_concurrent_calls_per_actor=2
+        ),
+        num_gpus=pool.num_gpus,
+        num_cpus=pool.num_cpus,
+        ray_remote_args_fn=_actor_options,
+    )
+    return encoded.map_batches(
+        write_block,
+        fn_kwargs={"job": job},
+        batch_size=job.fragment_rows(num_images),
+        batch_format="pyarrow",
+        num_cpus=HALF_A_CPU,
+        max_retries=TASK_RETRIES,
+    )
+
+
+def _actor_options() -> dict[str, int]:
+    return {"max_task_retries": TASK_RETRIES}
+
+
+def _drain(dataset: Dataset, seconds: float) -> Iterator[pa.Table | None]:
+    """The dataset's blocks as they come, and None when none has come for `seconds`."""
+    blocks: queue.Queue[pa.Table | BaseException | None] = queue.Queue()
+    is_over = threading.Event()
+
+    def pull() -> None:
+        try:
+            for block in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+                blocks.put(block)
+                if is_over.is_set():  # Ray Data stops its tasks when nobody holds the iterator any more
+                    break
+            blocks.put(None)
+        except BaseException as error:  # noqa: BLE001 - it is raised in the thread that waits
+            blocks.put(error)
+
+    threading.Thread(target=pull, name="encoded-blocks", daemon=True).start()
+    try:
+        yield from _rows(blocks, seconds)
+    finally:
+        is_over.set()
+
+
+def _rows(blocks: queue.Queue[pa.Table | BaseException | None], seconds: float) -> Iterator[pa.Table | None]:
+    while True:
+        try:
+            block = blocks.get(timeout=seconds)
+        except queue.Empty:
+            yield None
+            continue
+        if block is None:
+            return
+        if isinstance(block, BaseException):
+            raise block
+        for row in range(block.num_rows):
+            yield block.slice(row, 1)

@@ -1,0 +1,187 @@
+"""Verify: what is about to be published is whole, and finds what exact search finds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import ray
+from numpy.typing import NDArray
+
+from for_ray.errors import StageError
+from for_ray.evaluation.exact import exact_top_images, recall_at_k
+from for_ray.index.search import SegmentSet, search_images
+from for_ray.index.table import ImageVectors, read_vectors, take_vectors, worst_causes
+from for_ray.schema import Segment
+from for_ray.stages.cluster import Cluster
+from for_ray.stages.ranges import RangeJob, split_images
+from for_ray.storage import local_copy, shown
+
+RANKED = 50
+"""Recall is that of the first 50 images: what a page of results shows."""
+
+SAMPLED_VECTORS = 1_000_000
+"""Recall is measured over whole segments, drawn until they hold this many vectors; all of a smaller index."""
+
+WORST_CAUSES = 5
+"""Reasons of quarantine that the message of a refused run names."""
+
+IMAGES_A_TASK, IMAGES_A_READ = 50_000, 512
+"""Images that one task compares with all queries, and how many of them it holds at once."""
+
+
+LEAST_GAIN = 0.002
+"""Where twice the lists gain less recall than this, it is the codec that holds it back."""
+
+
+class Recall(NamedTuple):
+    """The share of exact search's first 50 images that `nprobe` lists have; None: nothing to find."""
+
+    recall: float | None
+    nprobe: int
+
+
+def measure_recall(
+    cluster: Cluster,
+    job: RangeJob,
+    segments: Sequence[Segment],
+    queries: NDArray[np.float32],
+    *,
+    deleted: NDArray[np.int64],
+    nprobe: int,
+    target: float,
+    cache_path: Path,
+) -> Recall:
+    """Double `nprobe` until the search finds what exact search finds, or more lists find no more.
+
+    Args:
+        cluster: Where the tasks run.
+        job: Names the table and its version.
+        segments: All of the index; at least one.
+        queries: [Q, D], unit length.
+        deleted: Image ids that the segments still have and the table has not; ascending.
+        nprobe: Where to begin.
+        target: The recall that is enough.
+        cache_path: For segments of a bucket; the caller removes it.
+    """
+    sample = _draw_segments(segments)
+    _ = cluster.resources
+    right = _exact(job, sample, queries)
+    table = job.open_table()
+    paths = [
+        local_copy(
+            job.layout.segment_uri(job.fingerprint, segment.file_name),
+            sha256=segment.sha256,
+            cache_path=cache_path,
+        )
+        for segment in sample
+    ]
+    index = SegmentSet(paths, nprobe=nprobe)
+
+    def stored(image_ids: NDArray[np.int64]) -> ImageVectors:
+        return take_vectors(table, image_ids)
+
+    before = -1.0
+    while True:
+        found = [
+            search_images(
+                index, query, RANKED, exact=stored, exclude_image_ids=deleted, nprobe=nprobe
+            ).image_ids
+            for query in queries
+        ]
+        recall = recall_at_k(found, right)
+        if recall >= target or nprobe >= index.nlist or recall - before < LEAST_GAIN:
+            return Recall(recall, min(nprobe, index.nlist))
+        before, nprobe = recall, 2 * nprobe
+
+
+def check_readable(
+    images: Any, *, num_quarantined: int, num_skipped: int, num_listed: int, most: float
+) -> None:
+    """Raise when more than this share of the listed images could not be read.
+
+    Args:
+        images: The table, for the reasons of those in quarantine.
+        num_quarantined: Listed images that are quarantined.
+        num_skipped: Those that were not there, or not as listed, when they were to be read: a manifest that
+            is wrong as a whole must not empty an index.
+        num_listed: All of them.
+        most: The share.
+
+    Raises:
+        StageError: With the commonest reasons, and an image for each.
+    """
+    num_bad = num_quarantined + num_skipped
+    if num_bad <= most * num_listed:
+        return
+    found = [("not there, or not as listed", num_skipped, "")] if num_skipped else []
+    found += worst_causes(images, limit=WORST_CAUSES)
+    causes = "; ".join(
+        f"{count:,} × {cause}" + (f" ({shown(uri)})" if uri else "") for cause, count, uri in found
+    )
+    raise StageError(
+        "encode",
+        f"{num_bad:,} of {num_listed:,} images are unreadable ({num_bad / num_listed:.1%}), "
+        f"more than max_bad_fraction {most:g}; nothing was published: mend them or raise it. Worst: {causes}",
+    )
+
+
+def check_closed(*, num_missing: int, num_skipped: int, num_stale: int) -> None:
+    """Raise unless every listed image is in the table once, as it was listed, and nothing else is.
+
+    Args:
+        num_missing: New and changed images of a diff of the same listing against the final table.
+        num_skipped: Images that were deleted or replaced between the listing and the reading.
+        num_stale: Rows of no listed image, and second rows of one.
+
+    Raises:
+        StageError: The numbers don't add up.
+    """
+    if num_missing != num_skipped or num_stale:
+        raise StageError(
+            "verify",
+            f"{num_missing} listed images are not in the table as they were listed, expected {num_skipped}; "
+            f"{num_stale} of its rows are of no listed image, expected 0; not published: run again",
+        )
+
+
+def _draw_segments(segments: Sequence[Segment]) -> list[Segment]:
+    order = np.random.default_rng(len(segments)).permutation(len(segments))
+    drawn: list[Segment] = []
+    for position in order:
+        if sum(segment.num_vectors for segment in drawn) >= SAMPLED_VECTORS:
+            break
+        drawn.append(segments[position])
+    return drawn
+
+
+def _exact(
+    job: RangeJob, segments: Sequence[Segment], queries: NDArray[np.float32]
+) -> list[NDArray[np.int64]]:
+    """The right image ids of each query, best first: every task ranks a range, the driver ranks the best."""
+    task = ray.remote(_exact_of_range).options(num_cpus=1, max_retries=3)
+    shared = ray.put(queries)
+    ranges = [
+        edges
+        for segment in segments
+        for edges in split_images(
+            segment.first_image_id,
+            segment.end_image_id,
+            num_images=segment.end_image_id - segment.first_image_id,
+            images_per_segment=IMAGES_A_TASK,
+        )
+    ]
+    parts = ray.get([task.remote(job, first, end, shared) for first, end in ranges])
+    ids = np.concatenate([part[0] for part in parts], axis=1)
+    scores = np.concatenate([part[1] for part in parts], axis=1)
+    order = np.lexsort((ids, -scores), axis=1)[:, :RANKED]
+    return list(np.take_along_axis(ids, order, axis=1))
+
+
+def _exact_of_range(
+    job: RangeJob, first: int, end: int, queries: NDArray[np.float32]
+) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    batches: Any = read_vectors(job.open_table(), first, end, batch_rows=IMAGES_A_READ)
+    return exact_top_images(batches, queries, RANKED)

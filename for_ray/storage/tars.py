@@ -1,0 +1,121 @@
+"""Images inside tar files (WebDataset): listed from the headers alone, read by one ranged request each.
+
+A member's uri is `<tar uri>#<member name>`, its etag `<tar etag>@<offset>+<length>`. What reads it needs
+nothing but these two. A damaged tar is listed as one more entry, under the tar's own uri, so that it is
+quarantined with its reason like a broken image, and the members before the damage are kept.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import tarfile
+from collections.abc import Iterator
+
+from for_ray.errors import DataError
+from for_ray.storage.objects import Entry, read_bytes
+from for_ray.storage.uris import is_s3, shown
+
+MAX_IMAGE_BYTES = 1 << 28
+"""Larger objects are not read as images: 256 MiB."""
+
+_MEMBER = re.compile(r"(?P<etag>.*)@(?P<offset>\d+)\+(?P<length>\d+)", re.DOTALL)
+_DAMAGED = re.compile(r".*@damaged\+(?P<offset>\d+)", re.DOTALL)
+_TAR_END = re.compile(r"\.tar#", re.IGNORECASE)
+_BLOCK = 512
+
+
+def read_image(uri: str, etag: str, *, max_bytes: int = MAX_IMAGE_BYTES) -> bytes:
+    """The bytes of an image as it was listed: a whole object, or a member of a tar; one request.
+
+    Raises:
+        ObjectGone: The object, or the tar, is not there any more.
+        ObjectChanged: It is not the one that was listed.
+        DataError: It is larger than `max_bytes`, or the tar is damaged.
+        StorageError: The store refused, or could not be reached after several tries.
+    """
+    if damage := _DAMAGED.fullmatch(etag):
+        raise DataError(
+            f"{shown(uri)} is damaged at byte {damage['offset']}: what lies behind it cannot be read"
+        )
+    member = _MEMBER.fullmatch(etag)
+    if member is None:
+        return read_bytes(uri, etag=etag, max_bytes=max_bytes)
+    end = _TAR_END.search(uri)
+    if end is None:
+        raise DataError(f"{shown(uri)} has the etag of a tar member, but names no .tar file")
+    offset, length = int(member["offset"]), int(member["length"])
+    if length > max_bytes:
+        raise DataError(f"{shown(uri)} has {length} bytes; at most {max_bytes} are read")
+    return read_bytes(uri[: end.end() - 1], etag=member["etag"], start=offset, length=length)
+
+
+def list_members(tar: Entry) -> Iterator[Entry]:
+    """The regular files of an uncompressed tar, in the tar's order; memory does not grow with their number.
+
+    Args:
+        tar: The tar, as it was listed.
+
+    Raises:
+        ObjectChanged: The tar was replaced meanwhile.
+        DataError: Its uri cannot be told apart from a member's.
+        StorageError: The store refused.
+    """
+    if _TAR_END.search(tar.uri):
+        raise DataError(f"{shown(tar.uri)} has .tar# in its name, which marks members; rename it")
+    position = 0
+    with _open(tar) as file:
+        try:
+            archive = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115  (it has nothing to close)
+            while (member := archive.next()) is not None:
+                archive.members.clear()  # type: ignore[attr-defined]  # else it keeps all headers
+                if archive.offset > _padded(tar.size_bytes):
+                    break
+                if member.isreg() and not member.issparse():
+                    yield Entry(
+                        f"{tar.uri}#{member.name}",
+                        f"{tar.etag}@{member.offset_data}+{member.size}",
+                        member.size,
+                    )
+                position = archive.offset
+        except tarfile.TarError:
+            pass  # what follows `position` is told below
+        file.seek(position)
+        if any(file.read(_BLOCK)):
+            yield Entry(tar.uri, f"{tar.etag}@damaged+{position}", tar.size_bytes)
+
+
+def _padded(size: int) -> int:
+    return -(-size // _BLOCK) * _BLOCK
+
+
+def _open(tar: Entry) -> io.BufferedReader:
+    # On S3 a request takes as long as 256 KiB of an answer: skipping less by another request is no gain.
+    return io.BufferedReader(_RangedReader(tar), 1 << 18 if is_s3(tar.uri) else 4096)
+
+
+class _RangedReader(io.RawIOBase):
+    """A seekable file over ranged reads, each bound to the listed etag."""
+
+    def __init__(self, entry: Entry) -> None:
+        self._entry = entry
+        self._position = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._entry.size_bytes}[whence]
+        self._position = start + offset
+        return self._position
+
+    def readinto(self, buffer: bytearray | memoryview) -> int:  # type: ignore[override]
+        length = max(min(len(buffer), self._entry.size_bytes - self._position), 0)
+        uri, etag, _ = self._entry
+        content = read_bytes(uri, etag=etag, start=self._position, length=length)
+        buffer[: len(content)] = content
+        self._position += len(content)
+        return len(content)

@@ -1,0 +1,149 @@
+"""A store that misbehaves in a scripted way: what is retried, how often, and what it says in the end."""
+
+from __future__ import annotations
+
+import http.server
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from for_ray.errors import DataError, ForRayError, StorageError
+from for_ray.storage import download, list_objects, read_bytes, write_bytes
+from for_ray.storage.s3 import NUM_ATTEMPTS
+
+pytestmark = pytest.mark.s3
+
+CONTENT = b"0123456789" * 1000
+
+URI = "s3://bucket/a.jpg"
+
+
+class _Handler(http.server.BaseHTTPRequestHandler):
+    """Answers the n-th request by the n-th line of the script; the last line repeats."""
+
+    server: ScriptedStore
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        self.server.num_requests += 1
+        line = self.server.script[min(self.server.num_requests, len(self.server.script)) - 1]
+        if line == "reset":
+            self.close_connection = True
+        elif line in ("ok", "cut"):
+            content = b"" if self.command == "PUT" else CONTENT
+            self._reply(200, content, len(content) if line == "ok" else 4321)
+        else:
+            status, _, code = line.partition(" ")
+            body = f"<Error><Code>{code}</Code><Message>scripted</Message></Error>".encode()
+            self._reply(int(status), body, len(body))
+
+    do_PUT = do_HEAD = do_GET  # noqa: N815
+
+    def _reply(self, status: int, body: bytes, num_sent: int) -> None:
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("ETag", '"etag"')
+        self.send_header("Last-Modified", "Sun, 22 Nov 2026 14:00:00 GMT")
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body[:num_sent])
+        self.close_connection = num_sent < len(body)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+class ScriptedStore(http.server.ThreadingHTTPServer):
+    daemon_threads = True
+    script: list[str]
+    num_requests = 0
+
+
+@pytest.fixture
+def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[ScriptedStore]:
+    with ScriptedStore(("127.0.0.1", 0), _Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_address[1]}")
+        monkeypatch.setattr(time, "sleep", lambda seconds: None)  # the back-off
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+@pytest.mark.parametrize(
+    "trouble",
+    ["503 SlowDown", "500 InternalError", "503 ServiceUnavailable", "400 RequestTimeout", "reset", "cut"],
+)
+def test_passing_trouble_is_retried(store, trouble):
+    store.script = [trouble, trouble, "ok"]
+    assert read_bytes(URI, etag="etag") == CONTENT
+    assert store.num_requests == 3
+
+
+@pytest.mark.parametrize(
+    ("trouble", "reason"),
+    [
+        ("503 SlowDown", "the store still asks to slow down after several tries; run again later"),
+        ("500 InternalError", "the store still fails inside after several tries"),
+        ("503 ServiceUnavailable", "the store is still not available after several tries"),
+        ("reset", r"the store cannot be reached at http://127\.0\.0\.1:\d+ .*after several tries"),
+        ("cut", r"the store cannot be reached at http://127\.0\.0\.1:\d+ .*after several tries"),
+    ],
+)
+def test_lasting_trouble_ends_with_one_line(store, trouble, reason):
+    store.script = [trouble]
+    with pytest.raises(StorageError, match=rf"cannot read s3://bucket/a\.jpg: {reason}") as caught:
+        read_bytes(URI, etag="etag")
+    assert "\n" not in str(caught.value)
+    assert store.num_requests == NUM_ATTEMPTS
+
+
+@pytest.mark.parametrize(
+    ("trouble", "kind", "reason"),
+    [
+        ("403 AccessDenied", StorageError, "access is denied; check which credentials are used"),
+        ("400 ExpiredToken", StorageError, "the credentials have expired; log in again"),
+        ("403 RequestTimeTooSkewed", StorageError, "clock and the store's differ by too much; set the clock"),
+        ("507 InsufficientStorage", StorageError, "the store is full"),
+        ("418 Teapot", StorageError, r"the store at http://127\S+ answered Teapot: scripted"),
+        ("403 InvalidObjectState", DataError, r"is archived \(Glacier\); restore it first"),
+        ("404 NoSuchKey", DataError, "is not there any more"),
+        ("412 PreconditionFailed", DataError, "has changed since it was listed"),
+    ],
+)
+def test_permanent_trouble_is_asked_once(store, trouble, kind, reason):
+    store.script = [trouble]
+    with pytest.raises(kind, match=reason) as caught:
+        read_bytes(URI, etag="etag")
+    assert isinstance(caught.value, ForRayError)
+    assert "\n" not in str(caught.value)
+    assert store.num_requests == 1
+
+
+def test_attempts_can_be_set(store, monkeypatch):
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "2")
+    store.script = ["503 SlowDown"]
+    with pytest.raises(StorageError, match="slow down"):
+        list(list_objects("s3://bucket/x"))
+    assert store.num_requests == 2
+
+
+def test_writing_is_retried(store):
+    store.script = ["reset", "500 InternalError", "ok"]
+    assert write_bytes(URI, b"content") == "etag"
+    assert store.num_requests == 3
+
+
+def test_downloads_are_retried_and_leave_nothing_when_they_fail(store, tmp_path: Path):
+    store.script = ["ok", "cut", "ok"]  # HEAD, GET, GET
+    download(URI, tmp_path / "a")
+    assert (tmp_path / "a").read_bytes() == CONTENT
+    store.script, store.num_requests = ["ok", "cut"], 0
+    with pytest.raises(StorageError, match=r"cannot read s3://bucket/a\.jpg: "):
+        download(URI, tmp_path / "b")
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]

@@ -1,0 +1,167 @@
+"""Published snapshots: what went in comes out, the last one is found, and each refusal is one line."""
+
+from __future__ import annotations
+
+import datetime
+from pathlib import Path
+
+import lance
+import pytest
+
+from for_ray.errors import DataError, StorageError
+from for_ray.index.snapshots import by_id, latest, list_snapshots, publish
+from for_ray.schema import Codec, Layout, Segment, Snapshot
+
+
+@pytest.fixture
+def layout(tmp_path):
+    return Layout(str(tmp_path / "index"))
+
+
+@pytest.fixture
+def path(layout):
+    return Path(layout.snapshots_uri)
+
+
+@pytest.fixture
+def snapshot():
+    codec = Codec(
+        codec_id="c0",
+        file_name="codec-c0.faiss",
+        sha256="ab" * 32,
+        num_bytes=123,
+        factory="IVF1,Flat",
+        dim=16,
+        nlist=1,
+        num_trained_on=77,
+    )
+    segment = Segment(
+        segment_id="s0",
+        codec_id="c0",
+        file_name="segment-s0.faiss",
+        sha256="cd" * 32,
+        num_bytes=456,
+        num_vectors=77,
+        first_image_id=0,
+        end_image_id=1 << 40,
+    )
+    return Snapshot(
+        snapshot_id=0,
+        created_at=datetime.datetime(2026, 11, 22, 14, 0, 0, 123456, tzinfo=datetime.UTC),
+        fingerprint="0123456789abcdef",
+        images_version=7,
+        codec=codec,
+        segments=[segment, segment.model_copy(update={"segment_id": "s1"})],
+        deleted_image_ids=[3, 5, 1 << 54],
+        nprobe=4,
+        listed=10,
+        indexed=9,
+        quarantined=1,
+        num_vectors=154,
+        recall_at_50=0.987654321,
+    )
+
+
+def test_what_is_published_is_read_back(layout, snapshot):
+    published = publish(layout, snapshot)
+    assert published == snapshot.model_copy(update={"snapshot_id": 1})
+    assert latest(layout) == by_id(layout, 1) == published
+    assert list(list_snapshots(layout)) == [published]
+
+
+def test_a_file_uri_is_the_same_folder(layout, snapshot):
+    published = publish(Layout("file://" + layout.index_uri), snapshot)
+    assert latest(layout) == latest(Layout("file://" + layout.index_uri)) == published
+
+
+def test_an_index_of_no_images(layout, snapshot):
+    nothing = {"codec": None, "segments": [], "deleted_image_ids": [], "recall_at_50": None}
+    published = publish(layout, snapshot.model_copy(update=nothing))
+    assert latest(layout) == published
+    assert (published.codec, published.segments, published.deleted_image_ids) == (None, [], [])
+
+
+def test_ids_count_up_and_the_last_one_is_the_latest(layout, snapshot):
+    # `snapshot_id` of what is handed in does not count, nor does its time.
+    earlier = snapshot.created_at - datetime.timedelta(days=9)
+    published = [
+        publish(layout, snapshot),
+        publish(layout, snapshot.model_copy(update={"snapshot_id": 77, "fingerprint": "f" * 16})),
+        publish(layout, snapshot.model_copy(update={"created_at": earlier, "listed": 11})),
+    ]
+    assert [one.snapshot_id for one in published] == [1, 2, 3]
+    assert latest(layout) == published[2]
+    assert by_id(layout, 2) == published[1]
+    assert list(list_snapshots(layout)) == published[::-1]
+
+
+def test_one_row_a_snapshot_with_columns_that_others_can_read(layout, snapshot):
+    publish(layout, snapshot)
+    publish(layout, snapshot)
+    table = lance.dataset(layout.snapshots_uri).to_table()
+    assert table["snapshot_id"].to_pylist() == [1, 2]
+    assert table["created_at"].to_pylist()[0] == snapshot.created_at
+    assert table["fingerprint"].to_pylist() == [snapshot.fingerprint] * 2
+    assert table["deleted_image_ids"].to_pylist() == [snapshot.deleted_image_ids] * 2
+
+
+def test_many_deleted_images(layout, snapshot):
+    deleted = list(range(0, 3_000_000, 15))
+    publish(layout, snapshot.model_copy(update={"deleted_image_ids": deleted}))
+    assert latest(layout).deleted_image_ids == deleted
+
+
+def one_line(caught, *parts):
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in parts:
+        assert part in message
+
+
+def test_nothing_published(layout, tmp_path):
+    (tmp_path / "index").mkdir()
+    for ask in (latest, lambda where: by_id(where, 1)):
+        with pytest.raises(DataError) as caught:
+            ask(layout)
+        one_line(caught, str(tmp_path / "index"), "has no published snapshot", "run jobs/index.py")
+    assert list(list_snapshots(layout)) == []
+
+
+def test_no_such_folder(tmp_path):
+    with pytest.raises(DataError) as caught:
+        latest(Layout(str(tmp_path / "nowhere")))
+    one_line(caught, "nowhere has no published snapshot")
+
+
+def test_an_unknown_id_names_the_known_ones(layout, snapshot):
+    for _ in range(3):
+        publish(layout, snapshot)
+    with pytest.raises(DataError) as caught:
+        by_id(layout, 4)
+    one_line(caught, layout.index_uri, "has no snapshot 4", "1, 2, 3")
+
+
+def test_a_damaged_table_is_refused_in_one_line(layout, snapshot, path):
+    publish(layout, snapshot)
+    for version in (path / "_versions").iterdir():
+        version.write_bytes(b"x")
+    for ask in (latest, lambda where: list(list_snapshots(where)), lambda where: publish(where, snapshot)):
+        with pytest.raises(StorageError) as caught:
+            ask(layout)
+        one_line(caught, layout.snapshots_uri, "as a Lance table")
+
+
+def test_a_file_in_the_way_is_refused_in_one_line(layout, snapshot, tmp_path):
+    (tmp_path / "index").write_text("a file")
+    with pytest.raises(StorageError) as caught:
+        publish(layout, snapshot)
+    one_line(caught, layout.snapshots_uri)
+
+
+def test_a_record_of_another_version_is_refused_in_one_line(layout, snapshot):
+    publish(layout, snapshot)
+    table = lance.dataset(layout.snapshots_uri)
+    table.update({"record": "'" + snapshot.model_dump_json()[:-1].replace("'", "''") + ',"shards":4}' + "'"})
+    with pytest.raises(DataError) as caught:
+        latest(layout)
+    one_line(caught, "snapshot 1 of", "shards", "another version of for_ray")
