@@ -24,11 +24,11 @@ demo: .venv/installed  ## draw 1,000 images, index them, search three times, wri
 	rm -rf demo
 	$(BIN)/python -m for_ray.datasets.picturebook --out demo/picturebook --images 1000 --split val
 	$(BIN)/python jobs/index.py --images demo/picturebook/images --index demo/index
-	$(BIN)/python jobs/search.py --index demo/index "a red car" --top 12 --sheet demo/a-red-car.jpg
+	$(BIN)/python jobs/search.py --index demo/index "a bicycle" --top 12 --sheet demo/a-bicycle.jpg
 	$(BIN)/python jobs/search.py --index demo/index "a wheelchair" --top 12 --sheet demo/a-wheelchair.jpg
 	$(BIN)/python jobs/search.py --index demo/index "an umbrella" --top 12 --sheet demo/an-umbrella.jpg
 	@echo
-	@echo "The sheets: demo/a-red-car.jpg  demo/a-wheelchair.jpg  demo/an-umbrella.jpg"
+	@echo "The sheets: demo/a-bicycle.jpg  demo/a-wheelchair.jpg  demo/an-umbrella.jpg"
 	@echo "Ask it:     $(BIN)/python jobs/search.py --index demo/index \"a violin\" --sheet demo/answer.jpg"
 	@echo "Yours:      $(BIN)/python jobs/index.py --images FOLDER --index FOLDER.index --encoder open_clip:RN50x64@openai"
 
