@@ -1,1 +1,1 @@
-"""Measures: how good a ranking is (`ranking.py`) and what an exact search would have found (`exact.py`)."""
+"""Measures: of rankings, of classification, of pseudo-labels, and what an exact search would have found."""

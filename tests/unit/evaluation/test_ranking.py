@@ -27,6 +27,40 @@ def reference_ap(ranking, relevant, k):
     return total / min(k, sum(relevant))
 
 
+def apk(actual, predicted, k):
+    """`ml_metrics.apk`, written out: the mean over what is found, out of min(what there is, k)."""
+    predicted = predicted[:k]
+    score, num_hits = 0.0, 0.0
+    for i, p in enumerate(predicted):
+        if p in actual and p not in predicted[:i]:
+            num_hits += 1.0
+            score += num_hits / (i + 1.0)
+    return score / min(len(actual), k) if actual else 0.0
+
+
+def mapk(actual, predicted, k):
+    """`ml_metrics.mapk`: the mean over all queries, one without an answer counts as 0."""
+    return sum(apk(*pair, k) for pair in zip(actual, predicted, strict=True)) / len(actual)
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("k", [1, 5, 50, 400])
+def test_equals_ml_metrics_on_random_rankings(seed, k):
+    rng = np.random.default_rng(seed)
+    scores = rng.random((12, 300)).astype(np.float32)
+    relevant = rng.random((12, 300)) < rng.choice([0.01, 0.1, 0.5], (12, 1))
+    relevant[:, 0] |= ~relevant.any(
+        axis=1
+    )  # theirs counts a category without an image as 0, ours leaves it out
+    actual = [np.flatnonzero(row).tolist() for row in relevant]
+    predicted = [np.argsort(-row).tolist() for row in scores]
+    aps = average_precisions_at_k(scores, relevant, k)
+    np.testing.assert_allclose(
+        aps, [apk(*pair, k) for pair in zip(actual, predicted, strict=True)], atol=1e-12
+    )
+    assert map_at_k(scores, relevant, k) == pytest.approx(mapk(actual, predicted, k), abs=1e-12)
+
+
 def reference_ranking(scores, k):
     return sorted(range(len(scores)), key=lambda image: (-scores[image], image))[:k]
 
