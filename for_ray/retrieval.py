@@ -18,7 +18,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from for_ray import storage
-from for_ray.errors import ConfigError, DataError, ForRayError, StorageError
+from for_ray.errors import ConfigError, DataError, ForRayError
 from for_ray.index import snapshots
 from for_ray.index.search import ImageVectors, RankedImages, SegmentSet, search_images
 from for_ray.index.similar import search_similar
@@ -26,12 +26,15 @@ from for_ray.index.table import open_table, unpack_vectors
 from for_ray.model.bundle import Bundle, open_bundle
 from for_ray.schema import Layout, Snapshot, unpack_boxes
 from for_ray.sheet import MAX_TILES, Box, Tile, draw_sheet
+from for_ray.storage.refusals import lance_refusals
 
 if TYPE_CHECKING:
     from for_ray.model.encoder import Encoder
 
 MAX_HITS = 10_000
 """Images that one search ranks at most: all that is known of the candidates is held in memory."""
+
+_SWEPT = "check credentials and endpoint, or search a newer snapshot"
 
 _COLUMNS = ["uri", "etag", "vectors", "boxes", "_rowid"]
 
@@ -188,11 +191,9 @@ class _TakenRows:
     def vectors(self, image_ids: NDArray[np.int64]) -> ImageVectors:
         """The stored vectors of these images; those that the table does not hold are left out."""
         ids = ", ".join(map(str, image_ids.tolist()))
-        try:
+        with lance_refusals(self._images.uri, remedy=_SWEPT):
             # With stable row ids, Lance turns this filter into a look-up: 0.05 s for 5,000 of 800,000 rows.
             rows = self._images.to_table(columns=_COLUMNS, filter=f"_rowid in ({ids})")
-        except (OSError, ValueError, RuntimeError) as error:
-            raise _table_refused(self._images.uri, self._images.version, error) from error
         self._tables.append(rows.drop_columns(["vectors"]))
         return unpack_vectors(rows["_rowid"], rows["vectors"])
 
@@ -273,10 +274,8 @@ def _open_bundle(layout: Layout, snapshot: Snapshot) -> Bundle:
 
 def _open_images(layout: Layout, snapshot: Snapshot) -> Any:
     uri = layout.images_uri(snapshot.fingerprint)
-    try:
+    with lance_refusals(uri, remedy=_SWEPT):
         images = open_table(uri, version=snapshot.images_version)
-    except (OSError, ValueError) as error:
-        raise _table_refused(uri, snapshot.images_version, error) from error
     if images is None:
         raise DataError(f"{uri}, which snapshot {snapshot.snapshot_id} names, is not there: restore it")
     return images
@@ -295,10 +294,3 @@ def _open_segments(layout: Layout, snapshot: Snapshot, *, cache_path: Path | Non
 def _box(row: dict[str, Any], slot: int) -> Box:
     x0, y0, x1, y1 = unpack_boxes(np.asarray(row["boxes"][slot], np.uint8)).tolist()
     return x0, y0, x1, y1
-
-
-def _table_refused(uri: str, version: int, error: Exception) -> StorageError:
-    # Lance ends its messages with the place in its own source.
-    reason = " ".join(str(error).split(", /")[0].split())
-    remedy = "check credentials and endpoint, or search a newer snapshot"
-    return StorageError(f"{uri} cannot be read at version {version}: {reason}; {remedy}")

@@ -1,4 +1,4 @@
-"""What lies in an index: ids, columns, file names and the record of a published snapshot.
+"""What lies in an index, and in a table of pseudo-labels: ids, columns, file names and records.
 
     <index>/encoder-<fingerprint>/bundle/        the encoder; enough to search
     <index>/encoder-<fingerprint>/images.lance   one row an image
@@ -6,6 +6,20 @@
     <index>/snapshots.lance                      one row a published snapshot
     <index>/lease.json                           who writes now
     <index>/work/<run>/                          what a run hands to its workers; removed when it ends
+
+    <labels>/labels.json                         how the labels were made: `LabelRun`
+    <labels>/labels.lance                        one row an image: `labels_schema`
+    <labels>/vocabulary.txt                      one name a line; a label is a line's number, from 0
+    <labels>/vocabulary.safetensors              `text`: the names' vectors [V, D], float32, unit length
+    <labels>/bundle/                             the encoder
+    <labels>/report.html                         for people; whole when the table is
+    <labels>/lease.json, work/<run>/             as in an index
+
+    <finetuning>/finetune.json                   the settings, and what came of each epoch: `FinetuneRun`
+    <finetuning>/start/                          the encoder before the training
+    <finetuning>/training/                       Ray Train's checkpoints
+    <finetuning>/bundle/                         the trained encoder
+    <finetuning>/report.html, lease.json         as above
 
 Stages never import each other: they meet through what stands here. Image id = row id of `images.lance`
 (stable: it survives deletes and compaction); vector id = image id × 256 + slot, where a slot counts the
@@ -144,6 +158,200 @@ class Snapshot(_Record):
     recall_at_50: float | None
 
 
+LABELS_FORMAT = 1
+"""Of `LabelRun` and `labels_schema`: raised when an older reader could not read them rightly."""
+
+
+class LabelRun(_Record):
+    """`labels.json`: what a table of pseudo-labels was made with. Other settings need another place.
+
+    Attributes:
+        format: `LABELS_FORMAT`.
+        dataset: Its name.
+        images_uri: Where its images lie.
+        encoder: What people call the encoder; `bundle/` is it.
+        fingerprint: Of the encoder with the head that labelled.
+        backbone_fingerprint: Of what determines `features`: the same for all heads of a backbone.
+        head: Whose slots were labelled; k-means clusters as a rule.
+        num_slots: N of that head.
+        vocabulary: `imagenet21k`, or the file's uri.
+        vocabulary_sha256: Of `vocabulary.txt`.
+        num_names: V.
+        exclude_novel: Whether names that mean a novel category were left out.
+        dropped_names: Those names.
+        threshold: Labels have a probability above this.
+        num_labels: Of an image, at most.
+        logit_scale: What cosines were multiplied with.
+        has_features: Whether the table has the column `features`.
+        num_prefix: P, tokens before the cells.
+        height: Of the feature map, in cells.
+        width: Of the feature map, in cells; K = height · width.
+        channels: C.
+    """
+
+    format: int = LABELS_FORMAT
+    dataset: str
+    images_uri: str
+    encoder: str
+    fingerprint: str
+    backbone_fingerprint: str
+    head: str
+    num_slots: int
+    vocabulary: str
+    vocabulary_sha256: str
+    num_names: int
+    exclude_novel: bool
+    dropped_names: tuple[str, ...]
+    threshold: float
+    num_labels: int
+    logit_scale: float
+    has_features: bool
+    num_prefix: int
+    height: int
+    width: int
+    channels: int
+
+    @property
+    def num_tokens(self) -> int:
+        """T = P + K."""
+        return self.num_prefix + self.height * self.width
+
+
+def labels_schema(run: LabelRun) -> pa.Schema:
+    """The columns of `labels.lance`.
+
+    `labels` are indices into the vocabulary, the most probable first, and `probabilities` theirs; both may
+    be empty. `features` are the backbone's tokens [T · C], the prefix before the cells, row by row. Where
+    `error` is set there are no labels and no features.
+    """
+    fields = [
+        pa.field("uri", pa.string(), nullable=False),
+        pa.field("etag", pa.string()),
+        pa.field("size_bytes", pa.int64()),
+        pa.field("width", pa.int32()),
+        pa.field("height", pa.int32()),
+        pa.field("error", pa.string()),
+        pa.field("labels", pa.list_(pa.int32())),
+        pa.field("probabilities", pa.list_(pa.float32())),
+        pa.field("encoded_at", pa.timestamp("us", tz="UTC")),
+    ]
+    if run.has_features:
+        fields.append(pa.field("features", pa.list_(pa.float16(), run.num_tokens * run.channels)))
+    return pa.schema(fields)
+
+
+class LossPoint(_Record):
+    """The mean of each loss over some steps of an epoch, up to and with `step`."""
+
+    step: int
+    losses: dict[str, float]
+
+
+class EpochMetrics(_Record):
+    """What one epoch of fine-tuning was like.
+
+    Attributes:
+        epoch: From 1.
+        lr: The learning rate of its last step.
+        losses: Mean of each loss (`sup`, `pse`) over the steps.
+        curve: The same in more detail.
+        num_matched: Labels that had a slot, by loss.
+        num_dropped: Labels that had none, because an image has more labels than slots, by loss.
+        num_unreadable: Images that could not be read, and were passed over.
+        val: mAP@50 of `base`, `novel` and `all` categories on validation images; None without any.
+        held_out_base: mAP@50 of base categories on images that were kept from training; None without any.
+        held_out_pseudo: The same of the categories of their pseudo-labels, which stand for the truth.
+        seconds: Of the training alone.
+        seconds_measuring: Of the measures.
+    """
+
+    epoch: int
+    lr: float
+    losses: dict[str, float]
+    curve: tuple[LossPoint, ...] = ()
+    num_matched: dict[str, int]
+    num_dropped: dict[str, int]
+    num_unreadable: int = 0
+    val: dict[str, float | None] | None = None
+    held_out_base: float | None = None
+    held_out_pseudo: float | None = None
+    seconds: float
+    seconds_measuring: float = 0.0
+
+    @property
+    def held_out(self) -> float | None:
+        """What the best epoch is chosen by: the mean of what was measured on held-out images."""
+        found = [each for each in (self.held_out_base, self.held_out_pseudo) if each is not None]
+        return sum(found) / len(found) if found else None
+
+
+class FinetuneRun(_Record):
+    """`finetune.json`: the settings of a fine-tuning, and what came of it.
+
+    Attributes:
+        identity: Hash of the settings and of what is trained on: another one is another run.
+        settings: Of the job, those that decide what is learnt.
+        num_images: That are trained on.
+        num_labelled: Of these, with labels.
+        num_held_out: Kept from training.
+        num_missing: Of the data set, that are not there, or unreadable.
+        fingerprint: Of the encoder that came out; None while it is trained.
+        selected_epoch: Which one the encoder is of; None while it is trained.
+        epochs: What each was like; empty while it is trained.
+    """
+
+    identity: str
+    settings: dict[str, str | int | float | bool | None]
+    num_images: int
+    num_labelled: int
+    num_held_out: int
+    num_missing: int
+    fingerprint: str | None = None
+    selected_epoch: int | None = None
+    epochs: tuple[EpochMetrics, ...] = ()
+
+
+class FinetuneLayout:
+    """The uris of a fine-tuning. Pure text: nothing is read or made.
+
+    Args:
+        output_uri: A folder or `s3://bucket/prefix`; a slash at the end is dropped.
+    """
+
+    def __init__(self, output_uri: str) -> None:
+        self.output_uri = output_uri.rstrip("/")
+
+    @property
+    def run_uri(self) -> str:
+        """The record of the run."""
+        return f"{self.output_uri}/finetune.json"
+
+    @property
+    def start_uri(self) -> str:
+        """The encoder as it was before the training."""
+        return f"{self.output_uri}/start"
+
+    @property
+    def training_uri(self) -> str:
+        """Ray Train's: checkpoints."""
+        return f"{self.output_uri}/training"
+
+    @property
+    def bundle_uri(self) -> str:
+        """The trained encoder."""
+        return f"{self.output_uri}/bundle"
+
+    @property
+    def report_uri(self) -> str:
+        """The page for people."""
+        return f"{self.output_uri}/report.html"
+
+    @property
+    def lease_uri(self) -> str:
+        """The lease that lets one run write."""
+        return f"{self.output_uri}/lease.json"
+
+
 class Layout:
     """The uris inside an index. Pure text: nothing is read or made.
 
@@ -183,3 +391,53 @@ class Layout:
     def work_uri(self, run_id: str) -> str:
         """What a run hands to its workers."""
         return f"{self.index_uri}/work/{run_id}"
+
+
+class LabelLayout:
+    """The uris of a table of pseudo-labels and what belongs to it. Pure text: nothing is read or made.
+
+    Args:
+        output_uri: A folder or `s3://bucket/prefix`; a slash at the end is dropped.
+    """
+
+    def __init__(self, output_uri: str) -> None:
+        self.output_uri = output_uri.rstrip("/")
+
+    @property
+    def run_uri(self) -> str:
+        """The record of how the labels were made."""
+        return f"{self.output_uri}/labels.json"
+
+    @property
+    def table_uri(self) -> str:
+        """The table of labelled images."""
+        return f"{self.output_uri}/labels.lance"
+
+    @property
+    def names_uri(self) -> str:
+        """The vocabulary, one name a line."""
+        return f"{self.output_uri}/vocabulary.txt"
+
+    @property
+    def text_uri(self) -> str:
+        """The vocabulary's vectors."""
+        return f"{self.output_uri}/vocabulary.safetensors"
+
+    @property
+    def bundle_uri(self) -> str:
+        """The encoder."""
+        return f"{self.output_uri}/bundle"
+
+    @property
+    def report_uri(self) -> str:
+        """The page for people."""
+        return f"{self.output_uri}/report.html"
+
+    @property
+    def lease_uri(self) -> str:
+        """The lease that lets one run write."""
+        return f"{self.output_uri}/lease.json"
+
+    def work_uri(self, run_id: str) -> str:
+        """What a run hands to its workers."""
+        return f"{self.output_uri}/work/{run_id}"

@@ -98,6 +98,17 @@ def draw_sheet(
     return _as_jpeg(sheet)
 
 
+def thumbnail(image: bytes, side: int) -> bytes:
+    """A small copy of an encoded image, upright and whole: a JPEG file whose longer side is `side` pixels.
+
+    Raises:
+        DataError: It can't be decoded.
+    """
+    written = io.BytesIO()
+    _decode(image, side).save(written, "JPEG", quality=80, optimize=True)
+    return written.getvalue()
+
+
 def columns_for(num_tiles: int) -> int:
     """Tiles in a row, 3 to 8: near a page's shape, and such that the last row has few gaps."""
     wished = math.sqrt(1.8 * num_tiles)

@@ -22,7 +22,7 @@ def main(arguments: list[str]) -> int:
     try:
         settings = read_settings(IndexSettings, arguments)
 
-        from for_ray.pipeline import run_index
+        from for_ray.pipeline.index import run_index
         from for_ray.stages.progress import Progress
         from for_ray.stages.report import print_summary
 

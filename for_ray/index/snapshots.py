@@ -14,9 +14,10 @@ import numpy as np
 import pyarrow as pa
 from pydantic import ValidationError
 
-from for_ray.errors import DataError, StorageError
+from for_ray.errors import DataError
 from for_ray.schema import Layout, Snapshot
 from for_ray.storage import exists, join_uri, lance_options
+from for_ray.storage.refusals import lance_refusals
 
 SNAPSHOTS_SCHEMA = pa.schema(
     [
@@ -46,15 +47,13 @@ def publish(layout: Layout, snapshot: Snapshot) -> Snapshot:
     table = _open(layout)
     snapshot = snapshot.model_copy(update={"snapshot_id": _last_id(table) + 1})
     uri = layout.snapshots_uri
-    try:
+    with lance_refusals(uri):
         lance.write_dataset(
             _row(snapshot),
             uri,
             mode="create" if table is None else "append",
             storage_options=lance_options(uri),
         )
-    except (OSError, ValueError) as error:
-        raise _refused(uri, error) from error
     return snapshot
 
 
@@ -85,8 +84,8 @@ def by_id(layout: Layout, snapshot_id: int) -> Snapshot:
     return _read(layout, table, snapshot_id)
 
 
-def list_snapshots(layout: Layout) -> Iterator[Snapshot]:
-    """All snapshots, the newest first; read one by one. None where nothing was published.
+def list_snapshots(layout: Layout, *, fingerprint: str | None = None) -> Iterator[Snapshot]:
+    """All snapshots, or those of one encoder, the newest first; a record is read when it is asked for.
 
     Raises:
         DataError: A record is not readable.
@@ -94,7 +93,7 @@ def list_snapshots(layout: Layout) -> Iterator[Snapshot]:
     """
     table = _open(layout)
     if table is not None:
-        for snapshot_id in reversed(_ids(table)):
+        for snapshot_id in reversed(_ids(table, fingerprint)):
             yield _read(layout, table, snapshot_id)
 
 
@@ -103,15 +102,13 @@ def _open(layout: Layout) -> lance.LanceDataset | None:
     # Asked of the store itself: Lance tells a missing table from wrong credentials by words alone.
     if not exists(join_uri(uri, "_versions")):
         return None
-    try:
+    with lance_refusals(uri):
         return lance.dataset(uri, storage_options=lance_options(uri))
-    except (OSError, ValueError) as error:
-        raise _refused(uri, error) from error
 
 
-def _ids(table: lance.LanceDataset) -> list[int]:
-    ids: list[int] = table.to_table(columns=["snapshot_id"])["snapshot_id"].to_pylist()
-    return sorted(ids)
+def _ids(table: lance.LanceDataset, fingerprint: str | None = None) -> list[int]:
+    rows = table.to_table(columns=["snapshot_id", "fingerprint"]).to_pylist()
+    return sorted(row["snapshot_id"] for row in rows if fingerprint in (None, row["fingerprint"]))
 
 
 def _last_id(table: lance.LanceDataset | None) -> int:
@@ -133,13 +130,10 @@ def _row(snapshot: Snapshot) -> pa.Table:
 
 
 def _read(layout: Layout, table: lance.LanceDataset, snapshot_id: int) -> Snapshot:
-    uri = layout.snapshots_uri
-    try:
+    with lance_refusals(layout.snapshots_uri):
         rows = table.to_table(
             columns=["record", "deleted_image_ids"], filter=f"snapshot_id = {int(snapshot_id)}"
         ).to_pylist()
-    except (OSError, ValueError) as error:
-        raise _refused(uri, error) from error
     if not rows:
         known = ", ".join(map(str, _ids(table)[-10:]))
         raise DataError(f"{layout.index_uri} has no snapshot {snapshot_id}; the last ones are {known}")
@@ -159,13 +153,4 @@ def _nothing_published(layout: Layout) -> DataError:
     return DataError(
         f"{layout.index_uri} has no published snapshot; check the uri, or run jobs/index.py --index "
         f"{layout.index_uri}"
-    )
-
-
-def _refused(uri: str, error: Exception) -> StorageError:
-    # Lance ends its messages with the place in its own source.
-    reason = " ".join(str(error).split(", /")[0].split())
-    return StorageError(
-        f"{uri} is not readable or writable as a Lance table: {reason}; check the uri, the "
-        "credentials and the endpoint"
     )

@@ -11,7 +11,6 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import lance
@@ -20,9 +19,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from for_ray.errors import DataError, StorageError
+from for_ray.errors import DataError
 from for_ray.schema import pack_vector_ids
 from for_ray.storage import exists, join_uri, lance_options
+from for_ray.storage.refusals import lance_refusals
 
 IDS_IN_A_DELETE = 10_000
 
@@ -56,7 +56,7 @@ def open_table(table_uri: str, *, version: int | None = None) -> Any | None:
     """
     if not exists(join_uri(table_uri, "_versions")):
         return None
-    with _refusals(table_uri):
+    with lance_refusals(table_uri):
         return lance.dataset(table_uri, version=version, storage_options=lance_options(table_uri))
 
 
@@ -79,7 +79,7 @@ def version_of(table: Any | None) -> int:
 
 def create_table(table_uri: str, schema: pa.Schema) -> Any:
     """An empty table whose row ids are stable."""
-    with _refusals(table_uri):
+    with lance_refusals(table_uri):
         return lance.write_dataset(
             schema.empty_table(),
             table_uri,
@@ -91,7 +91,7 @@ def create_table(table_uri: str, schema: pa.Schema) -> Any:
 
 def write_fragments(rows: pa.Table, table_uri: str) -> list[str]:
     """Write rows as files of the table without adding them to it; each fragment as JSON for `append`."""
-    with _refusals(table_uri):
+    with lance_refusals(table_uri):
         fragments = lance.fragment.write_fragments(
             rows, table_uri, schema=rows.schema, mode="append", storage_options=lance_options(table_uri)
         )
@@ -101,7 +101,7 @@ def write_fragments(rows: pa.Table, table_uri: str) -> list[str]:
 def append(table: Any, fragments: Iterable[str]) -> Any:
     """Add written fragments in one commit; the table after it."""
     added = [lance.FragmentMetadata.from_json(fragment) for fragment in fragments]
-    with _refusals(table.uri):
+    with lance_refusals(table.uri):
         return lance.LanceDataset.commit(
             table.uri,
             lance.LanceOperation.Append(added),
@@ -114,7 +114,7 @@ def delete_images(table: Any, image_ids: NDArray[np.int64]) -> None:
     """Take rows out of the table's latest version; ids that it does not hold are passed over."""
     for start in range(0, len(image_ids), IDS_IN_A_DELETE):
         ids = ", ".join(map(str, image_ids[start : start + IDS_IN_A_DELETE].tolist()))
-        with _refusals(table.uri):
+        with lance_refusals(table.uri):
             table.delete(f"_rowid in ({ids})")
 
 
@@ -138,7 +138,7 @@ def add_missing_columns(table: Any, schema: pa.Schema) -> None:
     known = set(table.schema.names)
     added = [field.with_nullable(True) for field in schema if field.name not in known]
     if added:
-        with _refusals(table.uri):
+        with lance_refusals(table.uri):
             table.add_columns(pa.schema(added))
 
 
@@ -147,9 +147,14 @@ def scan_state(table: Any) -> Iterator[pa.RecordBatch]:
     yield from _scan(table, ["uri", "etag", "error"], with_row_id=True)
 
 
+def scan_labels(table: Any) -> Iterator[pa.RecordBatch]:
+    """What was labelled: `uri`, `etag`, `labels`, `probabilities` of all rows without an error."""
+    yield from _scan(table, ["uri", "etag", "labels", "probabilities"], filter="error IS NULL")
+
+
 def count_images(table: Any) -> tuple[int, int]:
     """Rows that are indexed, and rows that are quarantined."""
-    with _refusals(table.uri):
+    with lance_refusals(table.uri):
         num_quarantined = table.count_rows("error IS NOT NULL")
         return table.count_rows() - num_quarantined, num_quarantined
 
@@ -176,7 +181,7 @@ def sweep_versions(table_uri: str, kept: Iterable[int]) -> None:
     killed task leaves them, go when they are a week old: until then they might be those of a commit to come.
     """
     table = require_table(table_uri)
-    with _refusals(table_uri):
+    with lance_refusals(table_uri):
         tags = table.tags.list()
         for version in kept:
             if f"v{version}" not in tags:
@@ -249,6 +254,11 @@ def take_vectors(table: Any, image_ids: Sequence[int] | NDArray[np.int64]) -> Im
     return unpack_vectors(rows["_rowid"], rows["vectors"])
 
 
+def take_rows(table: Any, row_ids: NDArray[np.int64], columns: list[str]) -> pa.Table:
+    """These columns of these rows, in the order given; ids that the table does not hold are left out."""
+    return _take(table, row_ids, columns)
+
+
 def unpack_vectors(row_ids: pa.Array | pa.ChunkedArray, column: pa.Array | pa.ChunkedArray) -> ImageVectors:
     """The columns `_rowid` and `vectors` as numpy, without a copy where they are in one piece."""
     if isinstance(column, pa.ChunkedArray):
@@ -261,20 +271,10 @@ def unpack_vectors(row_ids: pa.Array | pa.ChunkedArray, column: pa.Array | pa.Ch
 
 
 def _scan(table: Any, columns: list[str], **options: Any) -> Iterator[pa.RecordBatch]:
-    with _refusals(table.uri):
+    with lance_refusals(table.uri):
         yield from table.scanner(columns=columns, **options).to_batches()
 
 
 def _take(table: Any, image_ids: NDArray[np.int64], columns: list[str]) -> pa.Table:
-    with _refusals(table.uri):
+    with lance_refusals(table.uri):
         return table._take_rows(image_ids.tolist(), columns=columns)
-
-
-@contextmanager
-def _refusals(table_uri: str) -> Iterator[None]:
-    """Lance tells refusals by ValueError and OSError, and ends them with the place in its own source."""
-    try:
-        yield
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split(", /")[0].split())
-        raise StorageError(f"{table_uri} cannot be read or written as a Lance table: {reason}") from error

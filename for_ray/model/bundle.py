@@ -3,7 +3,7 @@
     <bundle>/encoder.toml        `EncoderConfig`
     <bundle>/model.json          open_clip's model config, unless `model` is a name that open_clip knows
     <bundle>/weights.safetensors CLIP's weights, unless `pretrained` is a tag that open_clip knows
-    <bundle>/head.safetensors    weights of a trained `sum` head
+    <bundle>/head.safetensors    what fine-tuning trained: a `sum` head, layers of the pooling attention
 
 `open_bundle` also takes `open_clip:MODEL@PRETRAINED`, a bundle that is not on disk yet. Opening reads small
 files only and doesn't import torch, except for `open_clip:` with a tag, which asks open_clip.
@@ -39,7 +39,7 @@ class Bundle:
         config: All settings, none left open.
         model_config: open_clip's model config.
         weights_uri: CLIP's weights; none where `pretrained` is a tag, or the weights are random.
-        head_uri: Weights of a trained `sum` head.
+        head_uri: What fine-tuning trained; none where nothing was.
     """
 
     config: EncoderConfig
@@ -95,6 +95,13 @@ class Bundle:
         content = json.dumps(self._essence(), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
+    @cached_property
+    def backbone_fingerprint(self) -> str:
+        """16 hex digits of what determines the backbone's features: the same whatever the head is."""
+        essence = {name: self._essence()[name] for name in ("version", "model", "weights", "pixels")}
+        content = json.dumps(essence, sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
+
     def _essence(self) -> dict[str, Any]:
         config = self.config
         weights = config.weights_sha256 or (
@@ -113,6 +120,7 @@ class Bundle:
                 "weights": config.head_sha256 or config.head_seed,
             },
         }[config.head]
+        tuned = {"pooling": config.head_sha256} if config.tuned_pooling else {}
         pixels = [config.image_size, config.resize_mode, config.interpolation, config.mean, config.std]
         return {
             "version": _VECTORS_VERSION,
@@ -121,6 +129,7 @@ class Bundle:
             "pixels": pixels,
             "head": [config.head, of_head],
             "keep_threshold": config.keep_threshold,
+            **tuned,
         }
 
     def save(self, uri: str) -> None:

@@ -16,8 +16,9 @@ from for_ray.errors import ConfigError
 from for_ray.model.backbone import Features, fold_norms, kind_of, make_backbone
 from for_ray.model.boxes import distinct_slots
 from for_ray.model.bundle import Bundle
+from for_ray.model.encoder_config import POOLING_PREFIX
 from for_ray.model.heads import ClipHead, ClusterHead, DenseHead, Head
-from for_ray.model.pooling import make_pooling
+from for_ray.model.pooling import Pooling, make_pooling
 from for_ray.model.preprocess import decode
 from for_ray.model.sum_clip import SumHead
 from for_ray.model.text import embed_names, make_tokenizer
@@ -109,10 +110,16 @@ class Encoder(nn.Module):
         Raises:
             ValueError: The shape or type is wrong.
         """
+        return self.encode_with_features(pixels)[0]
+
+    @torch.inference_mode()
+    def encode_with_features(self, pixels: Tensor | NDArray[np.uint8]) -> tuple[Encoded, Features]:
+        """As `encode`, and the backbone's features that it came from."""
         with self._computing():
             features = self.features(pixels)
             vectors, boxes = self.head(features, self.pooling)
-        return Encoded(vectors, boxes, distinct_slots(vectors, self.bundle.config.keep_threshold))
+        keep = distinct_slots(vectors, self.bundle.config.keep_threshold)
+        return Encoded(vectors, boxes, keep), features
 
     def features(self, pixels: Tensor | NDArray[np.uint8]) -> Features:
         """The backbone's cells of decoded images [B, 3, image_size, image_size] uint8.
@@ -128,7 +135,8 @@ class Encoder(nn.Module):
             pixels = pixels.pin_memory()  # only from pinned memory does the copy overlap with work
         pixels = pixels.to(self.device, non_blocking=True)
         normalised = (pixels.float() - self.mean) / self.std
-        features: Features = self.backbone(normalised.contiguous(memory_format=torch.channels_last))
+        with self._computing():
+            features: Features = self.backbone(normalised.contiguous(memory_format=torch.channels_last))
         return features
 
     @torch.inference_mode()
@@ -192,7 +200,10 @@ def load_encoder(bundle: Bundle, device: str = "auto", *, precision: Precision =
     clip = build_clip(bundle)
     if kind_of(clip.visual) == "resnet":  # type: ignore[arg-type]
         fold_norms(clip.visual)  # type: ignore[arg-type]
-    head = make_head(bundle, make_pooling(clip.visual).width)  # type: ignore[arg-type]
+    pooling = make_pooling(clip.visual)  # type: ignore[arg-type]
+    head = make_head(bundle, pooling.width)
+    if bundle.config.tuned_pooling:
+        load_pooling(bundle, pooling)
     encoder = Encoder(bundle, clip, head, dtype=_DTYPES[precision])
     encoder.backbone.to(memory_format=torch.channels_last)
     return encoder.to(target).eval().requires_grad_(False)
@@ -226,16 +237,50 @@ def make_head(bundle: Bundle, width: int) -> Head:
             feedforward_width=config.decoder_width,
             with_prefix=config.mean_token,
         )
-    if bundle.head_uri is not None and config.head_sha256 is not None:
-        from safetensors.torch import load_file
-
-        state = load_file(storage.local_copy(bundle.head_uri, sha256=config.head_sha256))
-        try:
-            head.load_state_dict(state)
-        except RuntimeError as error:
-            reason = str(error).splitlines()[1].strip()
-            raise ConfigError(f"head.safetensors doesn't fit {bundle.name}: {reason}") from error
+    if (state := trained_state(bundle)) is not None:
+        own = {name: value for name, value in state.items() if not name.startswith(POOLING_PREFIX)}
+        _load(head, own, bundle.name)
     return head
+
+
+def load_pooling(bundle: Bundle, pooling: Pooling) -> None:
+    """Put the trained layers of a bundle's pooling attention in the place of CLIP's.
+
+    Raises:
+        ConfigError: They don't fit.
+        DataError: `head.safetensors` is not what its checksum says.
+        StorageError: The store refused.
+    """
+    state = pooling.state_dict()
+    for name, value in (trained_state(bundle) or {}).items():
+        if name.startswith(POOLING_PREFIX):
+            state[name.removeprefix(POOLING_PREFIX)] = value
+    _load(pooling, state, bundle.name)
+
+
+def trained_state(bundle: Bundle) -> dict[str, Tensor] | None:
+    """The content of the bundle's `head.safetensors`; None where it has none.
+
+    Raises:
+        DataError: The file is not what its checksum says.
+        StorageError: The store refused.
+    """
+    if bundle.head_uri is None or bundle.config.head_sha256 is None:
+        return None
+    from safetensors.torch import load_file
+
+    state: dict[str, Tensor] = load_file(
+        storage.local_copy(bundle.head_uri, sha256=bundle.config.head_sha256)
+    )
+    return state
+
+
+def _load(module: nn.Module, state: dict[str, Tensor], name: str) -> None:
+    try:
+        module.load_state_dict(state)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[1].strip()
+        raise ConfigError(f"head.safetensors doesn't fit {name}: {reason}") from error
 
 
 def _device(name: str) -> torch.device:

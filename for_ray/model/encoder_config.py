@@ -15,6 +15,9 @@ from for_ray.schema import MAX_SLOTS
 
 HeadName = Literal["sum", "cluster", "dense", "clip"]
 
+POOLING_PREFIX = "pooling."
+"""What the names of the pooling layer's tensors in `head.safetensors` begin with."""
+
 _OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 _OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -53,6 +56,9 @@ class EncoderConfig(BaseModel):
     decoder_width: int = Field(2048, ge=1, description="hidden width of `sum`'s feed-forward")
     mean_token: bool = Field(False, description="`sum`: mean (ViT: class) token among the pooling's keys")
     head_sha256: str | None = Field(None, pattern="^[0-9a-f]{64}$", description="of `head.safetensors`")
+    tuned_pooling: bool = Field(
+        False, description="`head.safetensors` holds layers of the pooling attention, too; for any head"
+    )
     head_seed: int | None = Field(
         None, description="`sum` untrained, fresh from this seed: tests, benchmarks"
     )

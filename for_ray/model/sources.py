@@ -34,11 +34,10 @@ def bundle_of_folder(folder: str, changes: dict[str, Any], *, allow_untrained: b
     if str(values.get("pretrained", "")).endswith(_WEIGHTS_SUFFIXES):
         weights_uri = storage.join_uri(folder, _inside(values["pretrained"], config_uri))
         weights_uri, values["weights_sha256"] = _known_weights(weights_uri, values.get("weights_sha256"))
-    if values.get("head") == "sum":
-        if values.get("head_sha256"):
-            head_uri = storage.join_uri(folder, "head.safetensors")
-        elif allow_untrained:
-            values.setdefault("head_seed", 0)
+    if values.get("head_sha256"):
+        head_uri = storage.join_uri(folder, "head.safetensors")
+    elif values.get("head") == "sum" and allow_untrained:
+        values.setdefault("head_seed", 0)
     return Bundle(make_config(values, config_uri), model_config, weights_uri, head_uri)
 
 

@@ -1,4 +1,7 @@
-"""What the workers of the encode stage do with a block of images: read, encode, write.
+"""What the workers of a stage do with a block of images: read, encode, write.
+
+A job says what they have to know: `ImageJob` where an encoder looks at images, `TableJob` where rows of a
+table come of it, `EncodeJob` where these are the vectors of an index. Other stages bring jobs of their own.
 
 What a row can't be blamed for (the network, the credentials) is raised; what it can becomes its `error`.
 """
@@ -10,7 +13,7 @@ import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import numpy as np
 import pyarrow as pa
@@ -24,6 +27,9 @@ from for_ray.model.preprocess import Interpolation, ResizeMode, decode, uncrop_b
 from for_ray.schema import BOXES_TYPE, pack_boxes, vectors_type
 from for_ray.storage import ObjectChanged, ObjectGone, read_image
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 BLOCK_BYTES = 48 * 2**20
 """Pixels of a block, at most: the unit of transport, of a retry and of what a dead worker loses."""
 
@@ -35,53 +41,57 @@ OK, GONE, CHANGED = 0, 1, 2
 
 
 @dataclass(frozen=True)
-class EncodeJob:
-    """What every worker of the stage has to know.
+class ImageJob:
+    """What every worker has to know where an encoder looks at images.
 
     Attributes:
         bundle_uri: The encoder, where all workers can read it.
-        table_uri: The table that the rows are for; it exists.
-        schema: Its columns.
         image_size: Side of the model's input in pixels.
         resize_mode: How an image becomes a square; `preprocess` knows.
         interpolation: Of the resize.
         device: Where the actors encode: `auto` or `cpu`.
-        num_slots: Vectors of an image at most.
-        dim: D.
         batch_size: Images that the model takes at once.
         read_threads: Objects that a reading task fetches at once.
     """
 
     bundle_uri: str
-    table_uri: str
-    schema: pa.Schema
     image_size: int
     resize_mode: ResizeMode
     interpolation: Interpolation
     device: str
-    num_slots: int
-    dim: int
     batch_size: int
     read_threads: int
 
     @classmethod
-    def of(
-        cls, bundle: Bundle, bundle_uri: str, table: Any, *, device: str, batch_size: int, read_threads: int
-    ) -> EncodeJob:
-        """The job of a bundle that lies at `bundle_uri`, for a table of its vectors."""
+    def of_bundle(
+        cls,
+        bundle: Bundle,
+        bundle_uri: str,
+        *,
+        device: str,
+        batch_size: int,
+        read_threads: int,
+        **more: Any,
+    ) -> Self:
+        """The job of a bundle that lies at `bundle_uri`; `more` are the fields that a subclass adds."""
         return cls(
             bundle_uri=bundle_uri,
-            table_uri=table.uri,
-            schema=table.schema,
             image_size=bundle.image_size,
             resize_mode=bundle.resize_mode,
             interpolation=bundle.config.interpolation,
             device="cpu" if device == "cpu" else "auto",
-            num_slots=bundle.num_slots,
-            dim=bundle.dim,
             batch_size=batch_size,
             read_threads=read_threads,
+            **more,
         )
+
+    @property
+    def actor(self) -> type[Any]:
+        """The actors' class, made of (job, threads of the model on a CPU).
+
+        Called with what `read_block` gives; it answers with a block that has the pixels no more.
+        """
+        raise NotImplementedError
 
     def block_rows(self, num_images: int, num_actors: int) -> int:
         """Images of a block: whole batches, bounded by memory, and enough blocks to keep every actor busy."""
@@ -89,10 +99,68 @@ class EncodeJob:
         by_share = -(-num_images // (4 * num_actors))
         return max(1, min(by_memory, by_share) // self.batch_size) * self.batch_size
 
+
+@dataclass(frozen=True)
+class TableJob(ImageJob):
+    """An `ImageJob` whose blocks are written as rows of a table.
+
+    Attributes:
+        table_uri: The table that the rows are for; it exists.
+        schema: Its columns.
+    """
+
+    table_uri: str
+    schema: pa.Schema
+
+    @property
+    def row_bytes(self) -> int:
+        """What a row takes, at most, in its large columns."""
+        raise NotImplementedError
+
     def fragment_rows(self, num_images: int) -> int:
         """Images of a fragment: few large files for many images, early commits for few."""
-        by_memory = FRAGMENT_BYTES // (self.num_slots * self.dim * 2)
+        by_memory = FRAGMENT_BYTES // self.row_bytes
         return max(1, min(by_memory, max(256, num_images // 200), 8192))
+
+
+@dataclass(frozen=True)
+class EncodeJob(TableJob):
+    """The job of the index: vectors and boxes.
+
+    Attributes:
+        num_slots: Vectors of an image at most.
+        dim: D.
+    """
+
+    num_slots: int
+    dim: int
+
+    @classmethod
+    def of(
+        cls, bundle: Bundle, bundle_uri: str, table: Any, *, device: str, batch_size: int, read_threads: int
+    ) -> EncodeJob:
+        """The job of a bundle that lies at `bundle_uri`, for a table of its vectors."""
+        return cls.of_bundle(
+            bundle,
+            bundle_uri,
+            device=device,
+            batch_size=batch_size,
+            read_threads=read_threads,
+            table_uri=table.uri,
+            schema=table.schema,
+            num_slots=bundle.num_slots,
+            dim=bundle.dim,
+        )
+
+    @property
+    def actor(self) -> type[Any]:
+        """`EncodeImages`."""
+        return EncodeImages
+
+    @property
+    def row_bytes(self) -> int:
+        """Of the vectors."""
+        return self.num_slots * self.dim * 2
 
 
 class EncodeCounts(NamedTuple):
@@ -121,7 +189,7 @@ class EncodeCounts(NamedTuple):
 # Reading: a task
 
 
-def read_block(block: pa.Table, *, job: EncodeJob) -> pa.Table:
+def read_block(block: pa.Table, *, job: ImageJob) -> pa.Table:
     """Fetch and decode a block of the gap.
 
     Args:
@@ -157,7 +225,7 @@ _READ_COLUMNS = {"width": pa.int32(), "height": pa.int32(), "error": pa.string()
 _Outcome = tuple[int | None, int | None, str | None, int]
 
 
-def _read_row(row: tuple[int, str, str], *, pixels: NDArray[np.uint8], job: EncodeJob) -> _Outcome:
+def _read_row(row: tuple[int, str, str], *, pixels: NDArray[np.uint8], job: ImageJob) -> _Outcome:
     position, uri, etag = row
     try:
         decoded = decode(
@@ -198,22 +266,20 @@ class EncodeImages:
 
     def __call__(self, block: pa.Table) -> pa.Table:
         """Add `vectors` and `boxes` to what `read_block` gives, and take its pixels away."""
-        num_valid = block.num_rows - block["width"].null_count
-        size = self._job.image_size
-        flat = block["pixels"].combine_chunks().flatten().to_numpy(zero_copy_only=True)
-        pixels = flat.reshape(-1, 3, size, size)[:num_valid]
-        widths, heights = (block[name].to_numpy()[:num_valid] for name in ("width", "height"))
+        pixels = pixels_of(block, self._job.image_size)
+        widths, heights = (block[name].to_numpy()[: len(pixels)] for name in ("width", "height"))
         vectors, boxes, keep = self._encode(pixels, widths, heights)
         counts = np.zeros(block.num_rows, np.int64)
-        counts[:num_valid] = keep.sum(axis=1)
+        counts[: len(pixels)] = keep.sum(axis=1)
         kept_vectors, kept_boxes = vectors[keep], pack_boxes(boxes[keep])
         block = block.drop_columns(["pixels"])
         block = block.append_column("vectors", _lists(kept_vectors, counts, vectors_type(self._job.dim)))
         block = block.append_column("boxes", _lists(kept_boxes, counts, BOXES_TYPE))
-        return _quarantine_empty(block, counts, num_valid)
+        is_empty = (counts == 0) & (np.arange(block.num_rows) < len(pixels))
+        return quarantine(block, is_empty, "the encoder gives no finite vector for this image")
 
     def _encode(
-        self, pixels: NDArray[np.uint8], widths: NDArray[np.number], heights: NDArray[np.number]
+        self, pixels: Tensor, widths: NDArray[np.number], heights: NDArray[np.number]
     ) -> tuple[NDArray[np.float16], NDArray[np.float32], NDArray[np.bool_]]:
         import torch
 
@@ -225,18 +291,29 @@ class EncodeImages:
                 np.empty((*empty, 4), np.float32),
                 np.empty(empty, bool),
             )
-        with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore", UserWarning
-            )  # Ray's store is read-only; nothing writes to the tensor
-            tensor = torch.from_numpy(pixels)
         # Nothing here waits for the device, so that batches queue up on it; the copy back at the end does.
-        parts = [self._encoder.encode(batch) for batch in torch.split(tensor, job.batch_size)]
+        parts = [self._encoder.encode(batch) for batch in torch.split(pixels, job.batch_size)]
         vectors = torch.cat([part.vectors for part in parts])
         keep = torch.cat([part.keep for part in parts]) & vectors.isfinite().all(dim=-1)
         boxes = torch.cat([part.boxes for part in parts]).float().cpu().numpy()
         boxes = uncrop_boxes(boxes, widths, heights, resize_mode=job.resize_mode)
         return vectors.half().cpu().numpy(), boxes, keep.cpu().numpy()
+
+
+def pixels_of(block: pa.Table, image_size: int) -> Tensor:
+    """The pixels of a block of `read_block`'s [n, 3, S, S] uint8: its first n rows, those that have any.
+
+    Args:
+        block: The block.
+        image_size: S.
+    """
+    import torch
+
+    num_valid = block.num_rows - block["width"].null_count
+    flat = block["pixels"].combine_chunks().flatten().to_numpy(zero_copy_only=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # Ray's store is read-only; nothing writes to the tensor
+        return torch.from_numpy(flat.reshape(-1, 3, image_size, image_size)[:num_valid])
 
 
 def _lists(values: NDArray[Any], counts: NDArray[np.int64], kind: pa.DataType) -> pa.ListArray:
@@ -247,19 +324,18 @@ def _lists(values: NDArray[Any], counts: NDArray[np.int64], kind: pa.DataType) -
     return pa.ListArray.from_arrays(offsets, items).cast(kind)
 
 
-def _quarantine_empty(block: pa.Table, counts: NDArray[np.int64], num_valid: int) -> pa.Table:
-    is_empty = (counts == 0) & (np.arange(block.num_rows) < num_valid)
-    if not is_empty.any():
+def quarantine(block: pa.Table, is_bad: NDArray[np.bool_], reason: str) -> pa.Table:
+    """The block with `reason` as the `error` of its bad rows [rows]."""
+    if not is_bad.any():
         return block
-    reason = pa.scalar("the encoder gives no finite vector for this image")
-    errors = pc.if_else(pa.array(is_empty), reason, block["error"])
+    errors = pc.if_else(pa.array(is_bad), pa.scalar(reason), block["error"])
     return block.set_column(block.column_names.index("error"), "error", errors)
 
 
 # Writing: a task
 
 
-def write_block(block: pa.Table, *, job: EncodeJob) -> pa.Table:
+def write_block(block: pa.Table, *, job: TableJob) -> pa.Table:
     """Write rows as files of the table; one row comes back, with the fragments as JSON and the counts."""
     status = block["status"]
     stored = block.filter(pc.equal(status, OK))

@@ -7,10 +7,12 @@
     encode        the driver: commits what has come, every few seconds
 
 A row that is committed is never encoded again; a task that is retried leaves an orphaned file, never a row.
+Another `TableJob` fills another table in the same way with its own actor; an `ImageJob` alone writes nothing.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
 import queue
@@ -26,7 +28,7 @@ import ray
 from ray.data import ActorPoolStrategy, DataContext, Dataset
 
 from for_ray.index.table import append
-from for_ray.stages.blocks import EncodeCounts, EncodeImages, EncodeJob, read_block, write_block
+from for_ray.stages.blocks import EncodeCounts, ImageJob, TableJob, read_block, write_block
 from for_ray.storage import Lease, arrow_filesystem
 
 TASK_RETRIES = 3
@@ -87,7 +89,7 @@ def encode(
     table: Any,
     gap_uri: str,
     *,
-    job: EncodeJob,
+    job: TableJob,
     pool: Pool,
     num_images: int,
     commit_seconds: float,
@@ -158,11 +160,11 @@ def _data_context() -> DataContext:
 def make_dataset(
     gap_uri: str,
     *,
-    job: EncodeJob,
+    job: TableJob,
     pool: Pool,
     num_images: int,
     read: Callable[..., pa.Table] = read_block,
-    encode_with: type[EncodeImages] = EncodeImages,
+    encode_with: type[Any] | None = None,
 ) -> Dataset:
     """The stage as a lazy dataset whose rows are those of `write_block`; the arguments are those of `encode`.
 
@@ -172,53 +174,83 @@ def make_dataset(
         pool: See `encode`.
         num_images: See `encode`.
         read: Gives blocks their pixels, as `read_block` does.
-        encode_with: The actors' class.
+        encode_with: The actors' class instead of the job's own.
     """
-    # Named options for what bounds the retries do not exist yet; the old way is said to end with Ray 2.64.
-    with DataContext.current(_data_context()), warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        return _make_dataset(gap_uri, job, pool, num_images, read, encode_with)
+    encoded = make_encoded(
+        gap_uri, job=job, pool=pool, num_images=num_images, read=read, encode_with=encode_with
+    )
+    with DataContext.current(encoded.context), _quiet_options():
+        return encoded.map_batches(
+            write_block,
+            fn_kwargs={"job": job},
+            batch_size=job.fragment_rows(num_images),
+            batch_format="pyarrow",
+            num_cpus=HALF_A_CPU,
+            max_retries=TASK_RETRIES,
+        )
 
 
-def _make_dataset(
-    gap_uri: str,
-    job: EncodeJob,
+def make_encoded(
+    gap: str | pa.Table,
+    *,
+    job: ImageJob,
     pool: Pool,
     num_images: int,
-    read: Callable[..., pa.Table],
-    encode_with: type[EncodeImages],
+    read: Callable[..., pa.Table] = read_block,
+    encode_with: type[Any] | None = None,
 ) -> Dataset:
-    filesystem, path = arrow_filesystem(gap_uri)
+    """The stage up to its actors, as a lazy dataset of what these answer; nothing is written.
+
+    Args:
+        gap: A folder of Parquet files, or the rows themselves where they are few: `LISTING_SCHEMA` and
+            metadata columns.
+        job: What the workers have to know.
+        pool: The actors.
+        num_images: Rows of the gap.
+        read: Gives blocks their pixels, as `read_block` does.
+        encode_with: The actors' class instead of the job's own.
+    """
     block_rows = job.block_rows(num_images, pool.max_actors)
-    listed = ray.data.read_parquet(path, filesystem=filesystem, num_cpus=HALF_A_CPU)
-    decoded = listed.repartition(target_num_rows_per_block=block_rows).map_batches(
-        read,
-        fn_kwargs={"job": job},
-        batch_size=None,
-        batch_format="pyarrow",
-        num_cpus=HALF_A_CPU,
-        max_retries=TASK_RETRIES,
-    )
-    encoded = decoded.map_batches(
-        encode_with,
-        fn_constructor_args=(job, 1),
-        batch_size=block_rows,
-        batch_format="pyarrow",
-        compute=ActorPoolStrategy(
-            min_size=pool.min_actors, max_size=pool.max_actors, max_concurrent_calls_per_actor=2
-        ),
-        num_gpus=pool.num_gpus,
-        num_cpus=pool.num_cpus,
-        ray_remote_args_fn=_actor_options,
-    )
-    return encoded.map_batches(
-        write_block,
-        fn_kwargs={"job": job},
-        batch_size=job.fragment_rows(num_images),
-        batch_format="pyarrow",
-        num_cpus=HALF_A_CPU,
-        max_retries=TASK_RETRIES,
-    )
+    with DataContext.current(_data_context()), _quiet_options():
+        decoded = (
+            _listed(gap)
+            .repartition(target_num_rows_per_block=block_rows)
+            .map_batches(
+                read,
+                fn_kwargs={"job": job},
+                batch_size=None,
+                batch_format="pyarrow",
+                num_cpus=HALF_A_CPU,
+                max_retries=TASK_RETRIES,
+            )
+        )
+        return decoded.map_batches(
+            encode_with or job.actor,
+            fn_constructor_args=(job, 1),
+            batch_size=block_rows,
+            batch_format="pyarrow",
+            compute=ActorPoolStrategy(
+                min_size=pool.min_actors, max_size=pool.max_actors, max_concurrent_calls_per_actor=2
+            ),
+            num_gpus=pool.num_gpus,
+            num_cpus=pool.num_cpus,
+            ray_remote_args_fn=_actor_options,
+        )
+
+
+def _listed(gap: str | pa.Table) -> Dataset:
+    if isinstance(gap, pa.Table):
+        return ray.data.from_arrow(gap)
+    filesystem, path = arrow_filesystem(gap)
+    return ray.data.read_parquet(path, filesystem=filesystem, num_cpus=HALF_A_CPU)
+
+
+@contextlib.contextmanager
+def _quiet_options() -> Iterator[None]:
+    # Named options for what bounds the retries do not exist yet; the old way is said to end with Ray 2.64.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        yield
 
 
 def _actor_options() -> dict[str, int]:

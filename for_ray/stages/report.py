@@ -57,18 +57,59 @@ class IndexSummary(BaseModel):
         )
 
 
-def print_summary(summary: IndexSummary, stream: TextIO | None = None) -> None:
+class LabelSummary(BaseModel):
+    """What a run that labels images found and did; the fields that are not excluded are the job's JSON.
+
+    Attributes:
+        images: That the data set names.
+        missing: Of these, not to be found in the store.
+        labelled: Rows of the table without an error; `quarantined` are those with one.
+        labels: Of all images together.
+        without_labels: Images whose labels are none.
+        names: Of the vocabulary, without those that were dropped.
+        precision: Of the labels that mean a base, or a novel, category of the data set.
+        recall: Likewise.
+        images_per_second: Of the label stage; 0 when nothing was labelled.
+        message: One line for a person.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    images: int
+    missing: int
+    new: int
+    changed: int
+    gone: int
+    unchanged: int
+    labelled: int
+    quarantined: int
+    labels: int
+    without_labels: int
+    names: int
+    dropped_names: int
+    precision: dict[str, float | None]
+    recall: dict[str, float | None]
+    seconds: float
+    images_per_second: float
+    message: str = Field(exclude=True)
+
+
+def print_summary(summary: IndexSummary | LabelSummary, stream: TextIO | None = None) -> None:
     """Print a summary as a table, and the plan of a dry run beside that for a billion vectors; on stderr."""
     from rich.console import Console
     from rich.table import Table
 
     console = Console(file=stream or sys.stderr, highlight=False)
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-    for name, value in summary.model_dump(exclude={"snapshot"}).items():
-        table.add_row(name.replace("_", " "), _shown(value))
-    table.add_row("snapshot", _shown(summary.snapshot))
+    fields = summary.model_dump()
+    if "snapshot" in fields:
+        fields["snapshot"] = fields.pop("snapshot")  # to the end
+    for name, value in fields.items():
+        parts = value if isinstance(value, dict) else {"": value}
+        for part, number in parts.items():
+            table.add_row(f"{name.replace('_', ' ')} {part}".strip(), _shown(number))
     console.print(table)
-    if summary.plan is not None:
+    if isinstance(summary, IndexSummary) and summary.plan is not None:
         _print_plans(console, summary.plan)
     console.print(summary.message)
 

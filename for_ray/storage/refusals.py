@@ -162,3 +162,18 @@ def disk_refusals(action: str, uri: str | os.PathLike[str]) -> Iterator[None]:
         yield
     except OSError as error:
         raise disk_refusal(error, action, os.fspath(uri)) from error
+
+
+@contextmanager
+def lance_refusals(
+    table_uri: str, *, remedy: str = "check the uri, the credentials and the endpoint"
+) -> Iterator[None]:
+    """Turn what Lance raises into a `StorageError`."""
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError) as error:
+        # Lance ends its messages with the place in its own source.
+        reason = " ".join(str(error).split(", /")[0].split())
+        raise StorageError(
+            f"{table_uri} cannot be read or written as a Lance table: {reason}; {remedy}"
+        ) from error

@@ -25,7 +25,7 @@ from for_ray.config import IndexSettings
 from for_ray.errors import StageError
 from for_ray.index import snapshots, table
 from for_ray.index.search import SegmentSet, search_images
-from for_ray.pipeline import run_index
+from for_ray.pipeline.index import run_index
 from for_ray.schema import Layout, Snapshot
 from for_ray.stages.progress import Progress
 from for_ray.stages.report import IndexSummary

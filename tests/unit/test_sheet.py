@@ -8,7 +8,8 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from for_ray.sheet import MAX_TILES, Box, Tile, columns_for, draw_sheet
+from for_ray.errors import DataError
+from for_ray.sheet import MAX_TILES, Box, Tile, columns_for, draw_sheet, thumbnail
 
 # The geometry of one card, from the sheet's left and top: margin 28, header 76, padding 8.
 LEFT, TOP, SIDE = 28 + 8, 28 + 76 + 8, 240
@@ -196,3 +197,12 @@ def test_columns(num_tiles: int, columns: int) -> None:
 def test_wrong_sizes_are_refused(wrong: dict[str, int]) -> None:
     with pytest.raises(ValueError, match="a sheet needs tiles of 48 pixels and 1 column"):
         draw_sheet([], title="q", **wrong)  # type: ignore[arg-type]
+
+
+def test_a_thumbnail_is_whole_upright_and_small() -> None:
+    raw = encoded(400, 100, (0, 0, 255))
+    with Image.open(io.BytesIO(thumbnail(raw, 80))) as small:
+        assert (small.format, small.size) == ("JPEG", (80, 20))
+        assert is_colour(np.asarray(small, np.int64), (0, 0, 255)).all()
+    with pytest.raises(DataError):
+        thumbnail(b"<html>", 80)

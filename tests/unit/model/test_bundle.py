@@ -299,3 +299,14 @@ def test_toml_is_read_back_as_it_was_written() -> None:
         name='a "strange"\nname \\ ü', model="RN50", image_size=224, prompts=("{}", "a 'q' {}")
     )
     assert EncoderConfig.model_validate(tomllib.loads(dump_toml(config))) == config
+
+
+def test_heads_share_the_fingerprint_of_their_backbone(tmp_path: Path) -> None:
+    uri = folder(tmp_path / "a", num_slots=4)
+    base = open_bundle(uri)
+    heads = [{"head": "dense"}, {"head": "clip"}, {"num_slots": 3}, {"keep_threshold": 0.5}]
+    opened = [open_bundle(uri, **changes) for changes in heads]
+    assert {bundle.backbone_fingerprint for bundle in opened} == {base.backbone_fingerprint}
+    assert base.backbone_fingerprint != base.fingerprint
+    for changes in ({"image_size": 128}, {"resize_mode": "longest"}):
+        assert open_bundle(uri, **changes).backbone_fingerprint != base.backbone_fingerprint

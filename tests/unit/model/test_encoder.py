@@ -185,3 +185,15 @@ def test_an_untrained_sum_head_is_the_same_every_time(resnet_uri: str) -> None:
 def test_the_logit_scale_is_clips(resnet_uri: str) -> None:
     expected = make_clip(CONFIGS["resnet"]).logit_scale.exp().item()
     assert load_encoder(open_bundle(resnet_uri)).logit_scale == pytest.approx(expected)
+
+
+def test_encoding_gives_its_features_away_when_asked(uri: str) -> None:
+    encoder = load_encoder(open_bundle(uri, head="cluster"), "cpu")
+    pixels = pixels_of(encoder.bundle, 3)
+    encoded, features = encoder.encode_with_features(pixels)
+    alone, plain = encoder.features(pixels), encoder.encode(pixels)
+    assert torch.equal(features.cells, alone.cells)
+    assert torch.equal(features.prefix, alone.prefix)
+    assert all(torch.equal(one, other) for one, other in zip(encoded, plain, strict=True))
+    again = encoder.head(alone, encoder.pooling).vectors
+    assert torch.allclose(again, encoded.vectors, atol=1e-5)

@@ -88,8 +88,7 @@ class _Run:
 
     def _find_base(self) -> Snapshot | None:
         # An encoder that was here before continues its own segments, whoever published last.
-        of_encoder = (s for s in snapshots.list_snapshots(self.layout) if s.fingerprint == self.fingerprint)
-        return next(of_encoder, None)
+        return next(snapshots.list_snapshots(self.layout, fingerprint=self.fingerprint), None)
 
     @property
     def _codec(self) -> str | None:

@@ -1,0 +1,159 @@
+"""The settings of `jobs/finetune.py`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from for_ray.config.reading import Settings, read_preset
+
+Losses = Literal["sup,pse", "sup", "pse"]
+TrainedHead = Literal["sum", "clip", "dense"]
+Freeze = Literal["qkvo", "vo", "none"]
+Precision = Literal["auto", "float32", "float16", "bfloat16"]
+
+
+def preset_values(name: str) -> dict[str, Any]:
+    """The settings of a preset, by their names.
+
+    Raises:
+        ConfigError: There is no such preset.
+    """
+    return read_preset(FinetuneSettings, name)
+
+
+class FinetuneSettings(Settings):
+    """Train a head that gives an image many vectors, on labels and pseudo-labels; the result is an encoder.
+
+    Settings come from flags over FOR_RAY_… variables over the --config file over the --preset over the
+    defaults. Exit code 0: done, or done before; 2: the settings, the data or the store are at fault; 1: the
+    training failed (run again: it goes on from the last epoch); 130: interrupted.
+    """
+
+    dataset: str = Field(
+        min_length=1,
+        description="labelled images to train on: coco:ANNOTATIONS.json:IMAGES, "
+        "lvis:ANNOTATIONS.json:IMAGES, nuimages:ROOT:VERSION or picturebook:DIR",
+    )
+    split: str | None = Field(
+        None,
+        min_length=1,
+        description='a file {"base": […], "novel": […]}; only base labels are trained on. Default: the data '
+        "set's own",
+    )
+    encoder: str | None = Field(
+        None,
+        min_length=1,
+        description="the CLIP to build on: a bundle, or open_clip:MODEL@PRETRAINED. Default: that of "
+        "--labels, else `picturebook`",
+    )
+    labels: str | None = Field(
+        None,
+        min_length=1,
+        description="what jobs/pseudo_label.py wrote for these images: pseudo-labels, and features if it "
+        "kept them, so that the backbone need not run again",
+    )
+    output: str = Field(min_length=1, description="a folder or s3://bucket/prefix for checkpoints and bundle")
+    preset: Literal["coco", "lvis", "nuimages", "paper"] | None = Field(
+        None, description="the paper's settings for a data set (Table 8); `paper`: its recipe for any"
+    )
+    losses: Losses = Field("sup,pse", description="on the labels (sup), on the pseudo-labels (pse), or both")
+    labelled_fraction: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="share of the images whose labels are used; the rest has pseudo-labels only",
+    )
+    fold: int = Field(0, ge=0, description="which share of the images that is")
+    head: TrainedHead = Field("sum", description="what is trained: slots, or CLIP's own or dense pooling")
+    freeze: Freeze | None = Field(
+        None,
+        description="layers of the pooling attention that stay as they are: query, key, value, output. "
+        "Default: qkvo for head sum, none for clip and dense",
+    )
+    layers: int = Field(2, ge=0, le=12, description="decoder layers of head sum")
+    slots: int = Field(50, ge=1, le=256, description="vectors of an image with head sum")
+    feedforward: int = Field(2048, ge=1, le=65536, description="hidden width of the decoder's feed-forward")
+    dropout: float = Field(0.1, ge=0, lt=1, description="of the decoder layers")
+    mean_token: bool = Field(False, description="head sum: the mean token among the keys of the pooling")
+    image_size: int | None = Field(
+        None, ge=32, le=4096, description="side of the model's input in pixels; default: the encoder's"
+    )
+    epochs: int = Field(25, ge=1, le=10_000, description="passes over the images")
+    lr: float = Field(1e-5, gt=0, le=1, description="learning rate of Adam")
+    lr_drop_epoch: int | None = Field(
+        15, ge=1, description="after this many epochs the learning rate is a tenth"
+    )
+    warmup_steps: int = Field(0, ge=0, description="steps in which the learning rate rises to its value")
+    batch_size: int = Field(64, ge=1, le=65536, description="images of a step, over all workers")
+    weight_decay: float = Field(1e-4, ge=0, le=1, description="of Adam")
+    gamma_sup: float = Field(1.0, ge=0, le=1e4, description="weight of the loss on labels")
+    gamma_pse: float = Field(1.0, ge=0, le=1e4, description="weight of the loss on pseudo-labels")
+    null_weight: float = Field(
+        0.1, ge=0, le=1, description="weight of a slot without a label; 0: no ∅ at all"
+    )
+    seed: int = Field(0, ge=0, lt=2**31, description="of weights, order and dropout")
+    val: str | None = Field(
+        None, min_length=1, description="a data set to measure mAP@50 on after each epoch, as --dataset"
+    )
+    val_split: str | None = Field(None, min_length=1, description="the split of --val; default: --split")
+    val_labels: str | None = Field(
+        None, min_length=1, description="what jobs/pseudo_label.py wrote for --val: its features are used"
+    )
+    held_out: float = Field(
+        0.05, ge=0, le=0.5, description="share of --dataset kept from training, to measure each epoch by"
+    )
+    select: Literal["best", "last"] = Field(
+        "last", description="which epoch becomes the bundle; best: by the held-out images, never by --val"
+    )
+    workers: int = Field(
+        1, ge=1, le=1024, description="processes that train together, a GPU each if there are"
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="where it is trained: auto takes the GPUs that are there, cuda waits for some"
+    )
+    precision: Precision = Field(
+        "auto", description="of the computation; auto: bfloat16 or float16 on a GPU, float32 on a CPU"
+    )
+    read_threads: int = Field(
+        16, ge=1, le=256, description="images that a worker reads at once where there are no features"
+    )
+    max_bad_fraction: float = Field(
+        0.05, ge=0, le=1, description="share of the images that may be missing or unreadable"
+    )
+    name: str | None = Field(
+        None, pattern=r"^[A-Za-z0-9._-]{1,80}$", description="what the encoder is called; default: its origin"
+    )
+    config: Path | None = Field(None, description="a TOML file with any of these settings")
+    json_: bool = Field(
+        False, alias="json", description="print one line of JSON as the last line of the output"
+    )
+
+    @property
+    def has_sup(self) -> bool:
+        """Whether labels are trained on."""
+        return "sup" in self.losses
+
+    @property
+    def has_pse(self) -> bool:
+        """Whether pseudo-labels are trained on."""
+        return "pse" in self.losses
+
+    @model_validator(mode="after")
+    def _goes_together(self) -> FinetuneSettings:
+        if self.has_pse and self.labels is None:
+            raise ValueError(
+                f"losses {self.losses} needs --labels, which jobs/pseudo_label.py writes; else take --losses "
+                "sup"
+            )
+        if self.select == "best" and not self.held_out:
+            raise ValueError("select best needs --held-out above 0")
+        if self.head != "sum" and self.freeze == "qkvo":
+            raise ValueError(f"freeze qkvo leaves head {self.head} nothing to train: take none or vo")
+        if self.val is None and (self.val_labels or self.val_split):
+            raise ValueError("val_labels and val_split go with --val")
+        if self.workers > self.batch_size:
+            raise ValueError(f"a batch of {self.batch_size} does not go round {self.workers} workers")
+        return self

@@ -1,0 +1,88 @@
+"""The settings of `jobs/index.py`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from for_ray.config.reading import Settings
+
+Head = Literal["sum", "cluster", "dense", "clip"]
+
+
+class IndexSettings(Settings):
+    """Keep an index of a folder or bucket of images up to date.
+
+    Settings come from flags over FOR_RAY_… variables over the --config file over the defaults. Exit code 0:
+    done, or nothing to do; 2: the settings, the images or the store are at fault and nothing was published;
+    1: a stage failed in the middle (run again: what was committed is not encoded again); 130: interrupted.
+    """
+
+    images: str = Field(
+        min_length=1,
+        description="the images: a folder, s3://bucket/prefix, a Parquet manifest (uri, etag) or tars",
+    )
+    index: str = Field(
+        min_length=1, description="the index: a folder or s3://bucket/prefix; made when it is not there"
+    )
+    encoder: str | None = Field(
+        None,
+        min_length=1,
+        description="a bundle, or open_clip:MODEL@PRETRAINED; by default the index's own, or `picturebook` "
+        "for a new index. Another encoder than the index's builds beside it and takes over when published",
+    )
+    head: Head | None = Field(
+        None, description="how the feature map becomes vectors; when left out, the encoder's own"
+    )
+    num_slots: int | None = Field(
+        None, ge=1, le=256, description="vectors of an image, at most; default: the encoder's"
+    )
+    image_size: int | None = Field(
+        None, ge=32, le=4096, description="side of the model's input in pixels; default: the encoder's"
+    )
+    keep_threshold: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="slots of an image whose cosine is above this are stored once; default: the encoder's",
+    )
+    config: Path | None = Field(None, description="a TOML file with any of these settings")
+    dry_run: bool = Field(False, description="say what would be done, and write nothing")
+    json_: bool = Field(
+        False, alias="json", description="print one line of JSON as the last line of the output"
+    )
+    batch_size: int = Field(64, ge=1, le=4096, description="images that the model takes at once")
+    read_threads: int = Field(16, ge=1, le=256, description="objects that a reading task fetches at once")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto",
+        description="where images are encoded: auto takes the GPUs that are there, cuda waits for some",
+    )
+    min_actors: int = Field(
+        1, ge=1, description="encoding actors to start with, one GPU each where there are GPUs"
+    )
+    max_actors: int | None = Field(
+        None, ge=1, description="encoding actors at most; default: what the cluster has room for"
+    )
+    commit_seconds: float = Field(
+        10.0, gt=0, le=3600, description="seconds between commits of what was encoded"
+    )
+    max_bad_fraction: float = Field(
+        0.05, ge=0, le=1, description="share of images that may be unreadable; above it nothing is published"
+    )
+    codec: str | None = Field(
+        None,
+        min_length=1,
+        description="FAISS factory string of the segments, with an IVF; `auto`: from the number of "
+        "vectors; default: what the index was built with, else `auto`",
+    )
+    target_recall: float = Field(
+        0.95, ge=0, le=1, description="recall at 50 against exact search that nprobe is raised for"
+    )
+
+    @model_validator(mode="after")
+    def _ranges_fit(self) -> IndexSettings:
+        if self.max_actors is not None and self.max_actors < self.min_actors:
+            raise ValueError(f"max_actors ({self.max_actors}) is below min_actors ({self.min_actors})")
+        return self

@@ -1,0 +1,316 @@
+"""One step of fine-tuning, on one worker or many: L = γ_sup · L_sup + γ_pse · L_pse (FOR, §3.3, eq. 5 and 6).
+
+Every worker gets its part of the global batch. What a loss is divided by is the weight of the *global* batch,
+so that many workers learn what one learns.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from for_ray.errors import ForRayError
+from for_ray.model.backbone import Features
+from for_ray.model.boxes import distinct_slots
+from for_ray.model.set_loss import LossSums, SetLoss
+from for_ray.model.slot_model import SlotModel
+
+LossName = Literal["sup", "pse"]
+"""On the labels of base categories, or on pseudo-labels."""
+
+LR_DROP = 0.1
+"""What the learning rate is multiplied with at the drop epoch (Table 8)."""
+
+BETAS = (0.9, 0.999)
+"""Adam's (Table 8)."""
+
+TINY = 1e-12
+"""In the place of a weight of 0: no slot of the whole batch has anything to learn."""
+
+
+class HaltedError(ForRayError):
+    """The training cannot go on; all workers find it in the same step, so that none waits for another."""
+
+
+@dataclass(frozen=True)
+class LossSettings:
+    """What is minimised.
+
+    Attributes:
+        losses: Which losses.
+        gamma_sup: Weight of the loss on labels.
+        gamma_pse: Weight of the loss on pseudo-labels.
+        null_weight: w_∅; 0 leaves ∅ out.
+    """
+
+    losses: tuple[LossName, ...] = ("sup", "pse")
+    gamma_sup: float = 1.0
+    gamma_pse: float = 1.0
+    null_weight: float = 0.1
+
+    def gamma(self, name: LossName) -> float:
+        """The weight of a loss."""
+        return self.gamma_sup if name == "sup" else self.gamma_pse
+
+
+@dataclass(frozen=True)
+class AdamSettings:
+    """How it is minimised.
+
+    Attributes:
+        lr: Learning rate.
+        lr_drop_epoch: After this many epochs it is a tenth; None: never.
+        warmup_steps: Steps in which it rises linearly to its value.
+        weight_decay: Of Adam, added to the gradient.
+    """
+
+    lr: float = 1e-5
+    lr_drop_epoch: int | None = 15
+    warmup_steps: int = 0
+    weight_decay: float = 1e-4
+
+    def lr_at(self, epoch: int, step: int) -> float:
+        """The learning rate of a step; both count from 0, steps from the start of the run."""
+        rate = self.lr if self.lr_drop_epoch is None or epoch < self.lr_drop_epoch else self.lr * LR_DROP
+        return rate * min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else rate
+
+
+class LossLabels(NamedTuple):
+    """What one loss has to know of a worker's B images.
+
+    labels: Indices into the loss's categories [B, T], int64, -1 where there is none.
+    is_known: Whether the image takes part in this loss [B], bool.
+    weights: Of each label [B, T]; None: 1.
+    candidates: The categories of an image's softmax [B, V], bool; None: all.
+    """
+
+    labels: Tensor
+    is_known: Tensor
+    weights: Tensor | None = None
+    candidates: Tensor | None = None
+
+    def to(self, device: torch.device) -> LossLabels:
+        """The same on another device."""
+        return LossLabels(
+            *(None if part is None else part.to(device, non_blocking=True) for part in self)  # type: ignore[arg-type]
+        )
+
+
+class Outcome(NamedTuple):
+    """A worker's losses by their names, and the number of images whose vectors are not finite."""
+
+    sums: dict[LossName, LossSums]
+    num_broken: Tensor
+
+
+class LossMean(NamedTuple):
+    """One loss over the global batch: mean, labels that got a slot, and those that did not."""
+
+    mean: float
+    num_matched: int
+    num_dropped: int
+
+
+class Objective(nn.Module):
+    """The head that is trained, and the losses on what it says; all that has a gradient is in here.
+
+    Args:
+        slots: The head and its pooling layer.
+        texts: Unit vectors of each loss's categories [V, D].
+        settings: Which losses, and their ∅.
+        logit_scale: CLIP's.
+    """
+
+    def __init__(
+        self,
+        slots: SlotModel,
+        texts: Mapping[LossName, Tensor],
+        settings: LossSettings,
+        *,
+        logit_scale: float,
+    ) -> None:
+        super().__init__()
+        self.slots, self._names = slots, settings.losses
+        self.losses = nn.ModuleDict(
+            {
+                name: SetLoss(texts[name], logit_scale=logit_scale, null_weight=settings.null_weight)
+                for name in settings.losses
+            }
+        )
+
+    def forward(self, features: Features, labels: Mapping[LossName, LossLabels]) -> Outcome:
+        """The losses of a worker's images; vectors that are not finite count as broken, and as zeros."""
+        vectors = self.slots(features)
+        is_broken = ~vectors.isfinite().flatten(1).all(dim=1)
+        vectors = torch.where(is_broken[:, None, None], 0.0, vectors)
+        sums: dict[LossName, LossSums] = {}
+        for name in self._names:
+            known = labels[name].is_known.nonzero().squeeze(1)
+            picked = [part if part is None else part[known] for part in labels[name]]
+            sums[name] = self.losses[name](vectors[known], picked[0], weights=picked[2], candidates=picked[3])
+        return Outcome(sums, is_broken.sum())
+
+
+class Finetuner:
+    """Trains an objective step by step; where a process group exists, together with the other workers.
+
+    Args:
+        objective: On its device.
+        losses: The weights of the losses.
+        adam: The optimizer's settings.
+        dtype: Of the computation: float32, or a lower one by autocast, float16 with scaled gradients.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        losses: LossSettings,
+        adam: AdamSettings,
+        *,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.objective, self._losses, self._adam, self._dtype = objective, losses, adam, dtype
+        self.trained = {name: each for name, each in objective.named_parameters() if each.requires_grad}
+        self.device = next(iter(self.trained.values())).device
+        self.optimizer = torch.optim.Adam(
+            self.trained.values(), lr=adam.lr, betas=BETAS, weight_decay=adam.weight_decay
+        )
+        self._scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16)
+        # The texts are frozen: broadcasting buffers would send them to every worker at every step.
+        self._model = (
+            DistributedDataParallel(objective, broadcast_buffers=False) if _num_workers() > 1 else objective
+        )
+
+    def step(
+        self, features: Features, labels: Mapping[LossName, LossLabels], *, epoch: int, step: int
+    ) -> dict[LossName, LossMean]:
+        """Learn from one global batch; this worker has its part of it.
+
+        Args:
+            features: Of this worker's images; at least one, with or without labels.
+            labels: By loss.
+            epoch: From 0.
+            step: From 0, counted from the start of the run.
+
+        Returns:
+            Each loss over the global batch, the same on all workers.
+
+        Raises:
+            HaltedError: A vector or a loss is not finite; nothing was changed.
+        """
+        self.objective.train()
+        for group in self.optimizer.param_groups:
+            group["lr"] = self._adam.lr_at(epoch, step)
+        self.optimizer.zero_grad(set_to_none=True)
+        is_lower = self._dtype != torch.float32
+        with torch.autocast(self.device.type, dtype=self._dtype if is_lower else None, enabled=is_lower):
+            outcome: Outcome = self._model(features, labels)
+        totals, num_broken = self._add_up(outcome)
+        means = {name: _mean(total) for name, total in totals.items()}
+        if num_broken or not all(math.isfinite(each.mean) for each in means.values()):
+            what = f"the vectors of {num_broken} images are" if num_broken else "the loss is"
+            raise HaltedError(
+                f"epoch {epoch + 1}, step {step}: {what} not finite; take a lower --lr, more "
+                "--warmup-steps or --precision float32"
+            )
+        # DDP averages the gradients of the workers; their sum is wanted.
+        parts = [
+            self._losses.gamma(name) / max(totals[name].weight, TINY) * sums.loss
+            for name, sums in outcome.sums.items()
+        ]
+        loss = _num_workers() * torch.stack(parts).sum()
+        self._scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        self._scaler.step(self.optimizer)
+        self._scaler.update()
+        return means
+
+    def check(self, epoch: int) -> None:
+        """Refuse weights that are not finite; all workers hold the same.
+
+        Raises:
+            HaltedError: Some are not.
+        """
+        for name, value in self.trained.items():
+            if not value.isfinite().all():
+                raise HaltedError(f"epoch {epoch + 1}: {name} is not finite any more; take a lower --lr")
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds of the weights and the optimizer, by reference."""
+        return {
+            "trained": {name: value.detach() for name, value in self.trained.items()},
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self._scaler.state_dict(),
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from what `state` gave.
+
+        Raises:
+            ValueError: It is that of another model.
+        """
+        if set(state["trained"]) != set(self.trained):
+            raise ValueError("the checkpoint is that of a model with other trained weights")
+        with torch.no_grad():
+            for name, value in self.trained.items():
+                value.copy_(state["trained"][name])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self._scaler.load_state_dict(state["scaler"])
+
+    def _add_up(self, outcome: Outcome) -> tuple[dict[LossName, LossTotal], int]:
+        """The sums over all workers; the step's one wait for the device but for the matching."""
+        parts = [torch.stack([part.detach().double() for part in sums]) for sums in outcome.sums.values()]
+        totals = torch.cat([*parts, outcome.num_broken.double()[None]])
+        if _num_workers() > 1:
+            distributed.all_reduce(totals)
+        *values, num_broken = totals.tolist()
+        of_loss = {name: LossTotal(*values[4 * i : 4 * i + 4]) for i, name in enumerate(outcome.sums)}
+        return of_loss, int(num_broken)
+
+
+class LossTotal(NamedTuple):
+    """`LossSums` over the global batch, as numbers."""
+
+    loss: float
+    weight: float
+    num_matched: float
+    num_dropped: float
+
+
+def _mean(total: LossTotal) -> LossMean:
+    return LossMean(total.loss / max(total.weight, TINY), int(total.num_matched), int(total.num_dropped))
+
+
+def _num_workers() -> int:
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+
+
+def set_dropout(head: nn.Module, dropout: float) -> None:
+    """Give all dropouts of a head this probability: bundles don't keep it."""
+    for module in head.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = dropout
+        elif isinstance(module, nn.MultiheadAttention):
+            module.dropout = dropout
+
+
+@torch.no_grad()
+def max_cosines(vectors: Tensor, text: Tensor, *, keep_threshold: float = 1.0) -> Tensor:
+    """Each category's score of each image: the highest cosine among the slots that an index would store.
+
+    Args:
+        vectors: Unit vectors [B, N, D].
+        text: Unit vectors [V, D].
+        keep_threshold: Slots of an image whose cosine is above this count once.
+
+    Returns:
+        [V, B], float32.
+    """
+    cosines = vectors @ text.T  # [B, N, D] -> [B, N, V]
+    keep = distinct_slots(vectors, keep_threshold)
+    return cosines.masked_fill(~keep[..., None], -2.0).amax(dim=1).T

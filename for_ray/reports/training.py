@@ -1,0 +1,113 @@
+"""The page about a fine-tuning: how the losses fell, what each epoch measured, and with which settings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from for_ray.reports.charts import Line, line_chart
+from for_ray.reports.page import Chart, Facts, Section, Table, render_page
+from for_ray.schema import EpochMetrics, FinetuneRun
+
+LOSS_NAMES = {"sup": "labels", "pse": "pseudo-labels"}
+
+GROUPS = ("base", "novel", "all")
+
+
+def render_training(run: FinetuneRun, *, title: str) -> str:
+    """The page of a finished run, as HTML.
+
+    Args:
+        run: With all its epochs.
+        title: What was trained.
+    """
+    epochs = run.epochs
+    rates = line_chart(
+        [_line(run, "learning rate", [each.lr for each in epochs])], x_label="epoch", is_log=True
+    )
+    sections: list[Section] = [
+        Facts("What was trained on", _counts(run)),
+        _losses(epochs),
+        _validation(run),
+        _held_out(run),
+        Chart("Learning rate", rates),
+        _table(epochs),
+        Facts("Settings", list(run.settings.items())),
+    ]
+    subtitle = f"encoder {run.fingerprint}, of epoch {run.selected_epoch} of {len(epochs)}"
+    return render_page(title, subtitle=subtitle, sections=sections)
+
+
+def _counts(run: FinetuneRun) -> list[tuple[str, object]]:
+    last = run.epochs[-1]
+    counts: list[tuple[str, object]] = [
+        ("images", run.num_images),
+        ("of these with labels", run.num_labelled),
+        ("kept from training", run.num_held_out),
+        ("missing or unreadable", run.num_missing + last.num_unreadable),
+    ]
+    for name, dropped in last.num_dropped.items():
+        known = LOSS_NAMES.get(name, name)
+        counts.append((f"{known} with a slot, an epoch", last.num_matched[name]))
+        counts.append((f"{known} dropped: more than the image has slots", dropped))
+    return counts
+
+
+def _losses(epochs: Sequence[EpochMetrics]) -> Chart:
+    steps_of_epoch = max(1, epochs[0].curve[-1].step) if epochs[0].curve else 1
+    points = [point for each in epochs for point in each.curve]
+    lines = [
+        Line(
+            LOSS_NAMES.get(name, name),
+            [point.step / steps_of_epoch for point in points],
+            [point.losses[name] for point in points],
+        )
+        for name in epochs[0].losses
+    ]
+    return Chart("Losses", line_chart(lines, x_label="epoch", y_label="cross entropy"))
+
+
+def _validation(run: FinetuneRun) -> Chart:
+    if all(each.val is None for each in run.epochs):
+        return Chart("Validation", line_chart([], x_label="epoch"), note="No --val was given.")
+    lines = [_line(run, group, [(each.val or {}).get(group) for each in run.epochs]) for group in GROUPS]
+    chart = line_chart(lines, x_label="epoch", y_label="mAP@50", marked_x=run.selected_epoch)
+    return Chart("Validation: mAP@50", chart, note="Never used to choose the epoch.")
+
+
+def _held_out(run: FinetuneRun) -> Chart:
+    if all(each.held_out is None for each in run.epochs):
+        return Chart("Held out", line_chart([], x_label="epoch"), note="No images were kept from training.")
+    lines = [
+        _line(run, "base, by labels", [each.held_out_base for each in run.epochs]),
+        _line(run, "all names, by pseudo-labels", [each.held_out_pseudo for each in run.epochs]),
+        _line(run, "mean", [each.held_out for each in run.epochs], is_dashed=True),
+    ]
+    chart = line_chart(lines, x_label="epoch", y_label="mAP@50", marked_x=run.selected_epoch)
+    return Chart("Held-out training images: mAP@50", chart, note="The mark is the epoch of the encoder.")
+
+
+def _line(
+    run: FinetuneRun,
+    name: str,
+    values: Sequence[float | None],
+    *,
+    is_dashed: bool = False,
+) -> Line:
+    heights = [float("nan") if value is None else value for value in values]
+    return Line(name, [each.epoch for each in run.epochs], heights, is_dashed=is_dashed)
+
+
+def _table(epochs: Sequence[EpochMetrics]) -> Table:
+    names = list(epochs[0].losses)
+    header = ["epoch", *(f"loss, {LOSS_NAMES.get(name, name)}" for name in names)]
+    header += [*(f"val {group}" for group in GROUPS), "held out", "seconds", "seconds to measure"]
+    rows: list[list[object]] = [
+        [
+            each.epoch,
+            *(each.losses[name] for name in names),
+            *((each.val or {}).get(group) for group in GROUPS),
+            *(each.held_out, each.seconds, each.seconds_measuring),
+        ]
+        for each in epochs
+    ]
+    return Table("Epochs", header, rows)

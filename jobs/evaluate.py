@@ -1,0 +1,45 @@
+"""Measure how well images are found by what they show, on labelled images; `--help` lists the settings.
+
+python jobs/evaluate.py --dataset picturebook:DIR --encoder picturebook --encoder picturebook#clip
+python jobs/evaluate.py --dataset coco:instances_val2017.json:s3://bucket/val2017 --index s3://bucket/index
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+if importlib.util.find_spec("for_ray") is None:  # a copy that is not installed, as `ray job submit` makes it
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from for_ray.config import EvaluateSettings, read_settings
+from for_ray.errors import ForRayError, StageError
+
+
+def main(arguments: list[str]) -> int:
+    """Run the job; its exit code."""
+    try:
+        settings = read_settings(EvaluateSettings, arguments)
+
+        from for_ray.pipeline.evaluate import run_evaluate
+        from for_ray.stages.progress import Progress
+        from for_ray.stages.results import print_evaluation
+
+        evaluation = run_evaluate(settings, progress=Progress())
+        if settings.json_:
+            print(json.dumps(evaluation.to_json(), ensure_ascii=False), flush=True)
+        else:
+            print_evaluation(evaluation, sys.stdout)
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
+        return 130
+    except ForRayError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1 if isinstance(error, StageError) else 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
