@@ -42,7 +42,7 @@ KINDS = {
     "easy": SceneKind(64, (1, 1), _EASY),
     "small": SceneKind(64, (1, 2), _WILD),
     "medium": SceneKind(128, (1, 5), dataclasses.replace(_WILD, sizes=(0.1, 0.65))),
-    "large": SceneKind(192, (1, 8), dataclasses.replace(_WILD, sizes=(0.07, 0.6))),
+    "large": SceneKind(192, (1, 8), dataclasses.replace(_WILD, sizes=(0.07, 0.7))),
 }
 
 
