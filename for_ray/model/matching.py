@@ -57,5 +57,7 @@ def _match_image(probability: np.ndarray, is_label: np.ndarray) -> tuple[np.ndar
     wanted = probability[:, columns]
     if not np.isfinite(wanted).all():
         raise ValueError("a probability is not finite: the loss or the features hold NaN")
-    slots, chosen = linear_sum_assignment(wanted, maximize=True)
-    return slots, columns[chosen]
+    # Labels as rows: all slots want the likeliest labels, and scipy, with as many of both, searches by rows.
+    chosen, slots = linear_sum_assignment(wanted.T, maximize=True)
+    order = slots.argsort()
+    return slots[order], columns[chosen[order]]
