@@ -4,7 +4,8 @@
 
 Draws the data, labels it (`jobs/pseudo_label.py`), measures CLIP, Dense-CLIP and Cluster-CLIP
 (`jobs/evaluate.py`), then trains each row of the tables (`jobs/finetune.py`'s settings, without Ray), one
-process a core, one thread each. What is done is kept in `<out>/results.jsonl`: interrupted, it goes on.
+process a core, one thread each. What is done is kept in `<out>/results-<run>.jsonl`: interrupted,
+the same run goes on.
 Everything is measured on the val split, on which nothing is chosen. Ends with `<out>/tables.md` and
 `<out>/paper.png`.
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import hashlib
 import json
 import multiprocessing
 import os
@@ -29,6 +31,7 @@ import numpy as np
 from for_ray.config import EvaluateSettings, FinetuneSettings, LabelSettings
 from for_ray.datasets.captioned import training_names
 from for_ray.errors import ForRayError
+from for_ray.model.bundle import open_bundle
 from for_ray.stages.progress import Progress
 
 # What fits a head of 512 channels and a few thousand steps; the rest is the job's default, or the preset's.
@@ -69,9 +72,8 @@ def rows() -> list[Row]:
         Row("Methods", "FOR, pseudo-labels only", {"losses": "pse"}, is_main=True),
         Row("Methods", "FOR, pseudo-labels, without novel names", {"losses": "pse"}, "labels-no-novel", True),
         Row("Methods", "FOR, without novel names", for_default, "labels-no-novel", True),
-        Row("Methods", "FOR, the paper's recipe", {"preset": "paper"}, is_main=True),
         Row("Methods", "FOR", for_default, is_main=True),
-        *(Row("Slots", f"{n} slots", {"slots": n}) for n in (5, 25, 50)),
+        *(Row("Slots", f"{n} slots", {"slots": n}) for n in (5, 10, 25, 50)),
         *(Row("Decoder layers", f"{n} layers", {"layers": n}) for n in (0, 1, 3)),
         Row("Freezing", "q, k trained", {"freeze": "vo"}),
         Row("Freezing", "q, k, v, o trained", {"freeze": "none"}),
@@ -98,10 +100,7 @@ class Task:
 
     def settings(self) -> FinetuneSettings:
         """Those of `jobs/finetune.py`."""
-        from for_ray.config.finetune import preset_values
-
-        preset = self.row.settings.get("preset")
-        values = (preset_values(preset) if preset else {}) | MINIATURE | self.row.settings
+        values = MINIATURE | self.row.settings
         name = "".join(letter if letter.isalnum() else "-" for letter in self.key)
         return FinetuneSettings(
             dataset=f"picturebook:{self.out / 'train'}",
@@ -189,7 +188,15 @@ def measure_untrained(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 def run_all(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Every row and seed that has no result yet, two at a time; all results."""
-    path = options.out / "results.jsonl"
+    of_run = [
+        options.train,
+        options.val,
+        options.encoder,
+        open_bundle(options.encoder).fingerprint,
+        MINIATURE,
+    ]
+    run_id = hashlib.sha256(json.dumps(of_run).encode()).hexdigest()[:8]
+    path = options.out / f"results-{run_id}.jsonl"
     results = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     done = {result["key"] for result in results}
     wanted = [row for row in rows() if not options.only or row.name in options.only]
@@ -225,7 +232,7 @@ def tables(results: list[dict[str, Any]]) -> Iterator[str]:
     order = [row.name for row in rows()]
     for table, of_name in names.items():
         if table != "Methods":
-            of_name["FOR"] = names["Methods"].get("FOR", [])[:1]
+            of_name["FOR"] = [each["map50"] for each in results if each["key"] == "Methods | FOR | 0"]
         yield f"\n| {table} | base | novel | all | seeds |\n| --- | --- | --- | --- | --- |"
         for name in sorted(of_name, key=lambda name: order.index(name) if name in order else -1):
             found = of_name[name]

@@ -172,6 +172,7 @@ class LabelRun(_Record):
         encoder: What people call the encoder; `bundle/` is it.
         fingerprint: Of the encoder with the head that labelled.
         backbone_fingerprint: Of what determines `features`: the same for all heads of a backbone.
+        text_fingerprint: Of what determines the vocabulary's vectors: weights and prompts.
         head: Whose slots were labelled; k-means clusters as a rule.
         num_slots: N of that head.
         vocabulary: `imagenet21k`, or the file's uri.
@@ -195,6 +196,7 @@ class LabelRun(_Record):
     encoder: str
     fingerprint: str
     backbone_fingerprint: str
+    text_fingerprint: str
     head: str
     num_slots: int
     vocabulary: str

@@ -139,6 +139,7 @@ def _run(
         encoder=bundle.name,
         fingerprint=bundle.fingerprint,
         backbone_fingerprint=bundle.backbone_fingerprint,
+        text_fingerprint=bundle.text_fingerprint,
         head="cluster",
         num_slots=4,
         vocabulary="names.txt",

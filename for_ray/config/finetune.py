@@ -150,8 +150,8 @@ class FinetuneSettings(Settings):
             )
         if self.select == "best" and not self.held_out:
             raise ValueError("select best needs --held-out above 0")
-        if self.head != "sum" and self.freeze == "qkvo":
-            raise ValueError(f"freeze qkvo leaves head {self.head} nothing to train: take none or vo")
+        if (self.head, self.freeze) in {("clip", "qkvo"), ("dense", "qkvo"), ("dense", "vo")}:
+            raise ValueError(f"freeze {self.freeze} leaves head {self.head} nothing to train: take none")
         if self.val is None and (self.val_labels or self.val_split):
             raise ValueError("val_labels and val_split go with --val")
         if self.workers > self.batch_size:

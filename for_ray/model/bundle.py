@@ -102,6 +102,13 @@ class Bundle:
         content = json.dumps(essence, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
+    @cached_property
+    def text_fingerprint(self) -> str:
+        """16 hex digits of what determines the vectors of names: the model, its weights, and the prompts."""
+        essence = {name: self._essence()[name] for name in ("version", "model", "weights")}
+        content = json.dumps([essence, self.config.prompts], sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
+
     def _essence(self) -> dict[str, Any]:
         config = self.config
         weights = config.weights_sha256 or (

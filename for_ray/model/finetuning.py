@@ -110,9 +110,13 @@ class Outcome(NamedTuple):
 
 
 class LossMean(NamedTuple):
-    """One loss over the global batch: mean, labels that got a slot, and those that did not."""
+    """One loss over the global batch: mean, what it was divided by, labels that got a slot, and the others.
+
+    A weight of 0 says that no slot had anything to learn; the mean is 0 then.
+    """
 
     mean: float
+    weight: float
     num_matched: int
     num_dropped: int
 
@@ -219,6 +223,8 @@ class Finetuner:
                 f"epoch {epoch + 1}, step {step}: {what} not finite; take a lower --lr, more "
                 "--warmup-steps or --precision float32"
             )
+        if not any(each.weight for each in means.values()):
+            return means  # Adam would move the weights by its decay alone
         # DDP averages the gradients of the workers; their sum is wanted.
         parts = [
             self._losses.gamma(name) / max(totals[name].weight, TINY) * sums.loss
@@ -283,7 +289,8 @@ class LossTotal(NamedTuple):
 
 
 def _mean(total: LossTotal) -> LossMean:
-    return LossMean(total.loss / max(total.weight, TINY), int(total.num_matched), int(total.num_dropped))
+    mean = total.loss / max(total.weight, TINY)
+    return LossMean(mean, total.weight, int(total.num_matched), int(total.num_dropped))
 
 
 def _num_workers() -> int:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from for_ray.errors import ConfigError
 from for_ray.model.backbone import Features
-from for_ray.model.heads import Head
+from for_ray.model.heads import DenseHead, Head
 from for_ray.model.pooling import Pooling, ResNetPooling
 
 Freeze = Literal["qkvo", "vo", "none"]
@@ -42,7 +42,9 @@ class SlotModel(nn.Module):
         self.requires_grad_(False)
         self.head.requires_grad_(True)
         for name in _TRAINED[freeze]:
-            getattr(pooling.pool, name).requires_grad_(True)
+            # A cell on its own is neither asked nor compared: q and k would have no gradient.
+            if not (isinstance(head, DenseHead) and name in ("q_proj", "k_proj")):
+                getattr(pooling.pool, name).requires_grad_(True)
         if not self.trained_parameters():
             raise ConfigError(f"with freeze {freeze} this head has nothing to train: take freeze none")
 

@@ -176,6 +176,12 @@ class _Run:
                 f"({labels.run.encoder}) than {self.bundle.name}: leave out --encoder and --image-size, or "
                 "label with this one"
             )
+        if labels is not None and labels.run.text_fingerprint != self.bundle.text_fingerprint:
+            raise ConfigError(
+                f"the names at {labels.layout.output_uri} were embedded by another encoder, or with other "
+                f"prompts ({labels.run.encoder}) than those of {self.bundle.name}: leave out --encoder, or "
+                "label with this one"
+            )
         return find_images(
             dataset, labels, num_categories=num_categories, max_bad_fraction=self.settings.max_bad_fraction
         )
@@ -202,7 +208,8 @@ class _Run:
         train, held_out, _ = self.parts
         decisive = self.settings.model_dump(mode="json", exclude=UNDECISIVE)
         val = self.val.found.images if self.val is not None else None
-        content = [decisive, self.bundle.fingerprint, self.base, digest([train, held_out, val])]
+        encoder = [self.bundle.fingerprint, self.bundle.text_fingerprint]
+        content = [decisive, encoder, self.base, digest([train, held_out, val])]
         if self.val is not None:
             content += [self.val.dataset.categories, self.val.dataset.is_novel.tolist()]
         num_val_missing = self.val.found.num_missing if self.val is not None else 0

@@ -154,6 +154,7 @@ class _Run:
             "dataset": self.dataset.name,
             "images_uri": self.dataset.images_uri,
             "fingerprint": self.bundle.fingerprint,
+            "text_fingerprint": self.bundle.text_fingerprint,
             "vocabulary_sha256": hashlib.sha256(self.names_file).hexdigest(),
             "exclude_novel": self.settings.exclude_novel,
             "threshold": self.settings.threshold,

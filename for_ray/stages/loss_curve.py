@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
-
-import numpy as np
 
 from for_ray.model.finetuning import LossMean, LossName
 from for_ray.schema import LossPoint
@@ -35,11 +34,17 @@ class LossCurve:
         parts = [self._steps[end - self._length : end] for end in ends]
         points = []
         for part, end in zip(parts, ends, strict=True):
-            losses = {str(name): float(np.mean([step[name].mean for step in part])) for name in names}
+            losses = {str(name): _mean([step[name] for step in part]) for name in names}
             points.append(LossPoint(step=first_step + min(end, len(self._steps)), losses=losses))
         return {
-            "losses": {name: float(np.mean([step[name].mean for step in self._steps])) for name in names},
+            "losses": {name: _mean([step[name] for step in self._steps]) for name in names},
             "num_matched": {name: sum(step[name].num_matched for step in self._steps) for name in names},
             "num_dropped": {name: sum(step[name].num_dropped for step in self._steps) for name in names},
             "curve": tuple(points),
         }
+
+
+def _mean(steps: Sequence[LossMean]) -> float:
+    """Over all that was learnt from: a step without labels counts nothing."""
+    weight = sum(step.weight for step in steps)
+    return sum(step.mean * step.weight for step in steps) / weight if weight else 0.0

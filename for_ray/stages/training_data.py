@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -105,6 +106,7 @@ def find_images(
         table_version=int(labels.table.version),
         row_ids=rows["_rowid"].take(at).to_numpy().astype(np.int64),
         run=labels.run,
+        content=_content(labels.table, rows.take(at)),
     )
     if not (labels.run.has_features and with_features):
         images = replace(
@@ -157,8 +159,17 @@ def digest(sets: Iterable[TrainingImages | None]) -> str:
         found.update(images.is_labelled.tobytes())
         if images.row_ids is not None and images.run is not None:
             found.update(images.row_ids.tobytes() + images.run.model_dump_json().encode())
+        found.update(images.content.encode())
         if images.uris is not None:
             found.update("\n".join(images.uris.to_pylist()).encode())
+    return found.hexdigest()
+
+
+def _content(table: Any, rows: pa.Table) -> str:
+    """A hash of the images' etags, and of the names of the table's files, which are never given twice."""
+    found = hashlib.sha256(json.dumps(rows["etag"].to_pylist()).encode())
+    for fragment in table.get_fragments():
+        found.update(" ".join(file.path for file in fragment.data_files()).encode())
     return found.hexdigest()
 
 

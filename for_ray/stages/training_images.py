@@ -47,6 +47,7 @@ class TrainingImages:
         run: How the table was made.
         uris: Where the images lie [B], strings; None where the table has their features.
         etags: Of the images, strings or null; None where they are not known.
+        content: A hash of what the table holds of them; empty without a table.
     """
 
     labels: Ragged
@@ -58,6 +59,7 @@ class TrainingImages:
     run: LabelRun | None = None
     uris: pa.Array | None = None
     etags: pa.Array | None = None
+    content: str = ""
 
     def __len__(self) -> int:
         """B."""

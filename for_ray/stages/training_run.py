@@ -276,12 +276,7 @@ class TrainingRun:
 
 def _make_slots(encoder: Encoder, job: FinetuneJob) -> SlotModel:
     set_dropout(encoder.head, job.dropout)
-    slots = SlotModel(encoder.head, encoder.pooling, freeze=job.freeze)
-    if encoder.bundle.config.head == "dense":
-        # A cell on its own is neither asked nor compared: these would have no gradient.
-        for name in ("q_proj", "k_proj"):
-            getattr(encoder.pooling.pool, name).requires_grad_(False)
-    return slots
+    return SlotModel(encoder.head, encoder.pooling, freeze=job.freeze)
 
 
 def _federated(job: FinetuneJob) -> FederatedCandidates | None:

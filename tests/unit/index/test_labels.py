@@ -17,6 +17,7 @@ RUN = LabelRun(
     encoder="tiny",
     fingerprint="ab" * 8,
     backbone_fingerprint="cd" * 8,
+    text_fingerprint="ef" * 8,
     head="cluster",
     num_slots=4,
     vocabulary="names.txt",

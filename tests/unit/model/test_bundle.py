@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -310,3 +311,12 @@ def test_heads_share_the_fingerprint_of_their_backbone(tmp_path: Path) -> None:
     assert base.backbone_fingerprint != base.fingerprint
     for changes in ({"image_size": 128}, {"resize_mode": "longest"}):
         assert open_bundle(uri, **changes).backbone_fingerprint != base.backbone_fingerprint
+
+
+def test_names_share_the_fingerprint_of_their_tower_and_prompts(tmp_path: Path) -> None:
+    base = open_bundle(folder(tmp_path / "a", num_slots=4))
+    same = open_bundle(folder(tmp_path / "a", num_slots=4), head="dense", image_size=128)
+    assert same.text_fingerprint == base.text_fingerprint
+    other = dataclasses.replace(base, config=base.config.model_copy(update={"prompts": ("my {}",)}))
+    assert other.text_fingerprint != base.text_fingerprint
+    assert other.fingerprint == base.fingerprint

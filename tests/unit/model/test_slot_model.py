@@ -9,8 +9,8 @@ from for_ray.errors import ConfigError
 from for_ray.model.backbone import Features
 from for_ray.model.bundle import Bundle
 from for_ray.model.encoder import Encoder, load_encoder
-from for_ray.model.heads import ClipHead, DenseHead
-from for_ray.model.slot_model import SlotModel, as_features, as_tokens
+from for_ray.model.heads import ClipHead, DenseHead, Head
+from for_ray.model.slot_model import Freeze, SlotModel, as_features, as_tokens
 from for_ray.model.sum_clip import SumHead
 
 SIDES = {"num_prefix": 1, "height": 3, "width": 3}
@@ -71,17 +71,29 @@ def _features(encoder: Encoder) -> Features:
         return encoder.features(torch.randint(0, 256, (2, 3, side, side), dtype=torch.uint8))
 
 
-@pytest.mark.parametrize("head", [ClipHead(), DenseHead()])
-def test_heads_without_weights_train_the_pooling_layer_or_nothing(encoder: Encoder, head: ClipHead) -> None:
-    with pytest.raises(ConfigError, match="nothing to train: take freeze none"):
-        SlotModel(head, encoder.pooling, freeze="qkvo")
-    model = SlotModel(head, encoder.pooling, freeze="none")
-    assert len(model.trained_parameters()) == 8  # four layers, weight and bias
+@pytest.mark.parametrize(
+    ("head", "freeze", "layers"),
+    [
+        (ClipHead(), "none", ("q_proj", "k_proj", "v_proj", "c_proj")),
+        (ClipHead(), "vo", ("q_proj", "k_proj")),
+        (DenseHead(), "none", ("v_proj", "c_proj")),  # a cell on its own is neither asked nor compared
+    ],
+)
+def test_heads_without_weights_train_the_pooling_layer(
+    encoder: Encoder, head: Head, freeze: Freeze, layers: tuple[str, ...]
+) -> None:
+    model = SlotModel(head, encoder.pooling, freeze=freeze)
     assert model.trained_state().keys() == {
-        f"pooling.pool.{layer}.{part}"
-        for layer in ("q_proj", "k_proj", "v_proj", "c_proj")
-        for part in ("weight", "bias")
+        f"pooling.pool.{layer}.{part}" for layer in layers for part in ("weight", "bias")
     }
+
+
+@pytest.mark.parametrize(
+    ("head", "freeze"), [(ClipHead(), "qkvo"), (DenseHead(), "qkvo"), (DenseHead(), "vo")]
+)
+def test_nothing_to_train_is_refused(encoder: Encoder, head: Head, freeze: Freeze) -> None:
+    with pytest.raises(ConfigError, match=f"with freeze {freeze} this head has nothing to train"):
+        SlotModel(head, encoder.pooling, freeze=freeze)
 
 
 def test_vectors_have_unit_length(encoder: Encoder) -> None:

@@ -14,6 +14,7 @@ RUN = LabelRun(
     encoder="RN50x64",
     fingerprint="ab" * 8,
     backbone_fingerprint="cd" * 8,
+    text_fingerprint="ef" * 8,
     head="cluster",
     num_slots=50,
     vocabulary="imagenet21k",

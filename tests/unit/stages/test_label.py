@@ -49,6 +49,7 @@ def make_job(folder: Path, bundle: Bundle, encoder: Encoder, **changes: object) 
         "encoder": bundle.name,
         "fingerprint": bundle.fingerprint,
         "backbone_fingerprint": bundle.backbone_fingerprint,
+        "text_fingerprint": bundle.text_fingerprint,
         "head": "cluster",
         "num_slots": bundle.num_slots,
         "vocabulary": "names",

@@ -88,7 +88,8 @@ def test_it_learns_and_measures(make_job):
     assert last.losses["pse"] < first.losses["pse"]
     assert [metrics.lr for metrics in run.history[:3]] == [1e-3, 1e-3, pytest.approx(1e-4)]
     assert [point.step for point in last.curve] == [34, 35, 36]
-    assert last.losses["sup"] == pytest.approx(np.mean([point.losses["sup"] for point in last.curve]))
+    points = [point.losses["sup"] for point in last.curve]
+    assert min(points) < last.losses["sup"] < max(points)  # weighted: test_loss_curve
     assert all(0 <= last.val[group] <= 1 for group in ("base", "novel", "all"))
     assert last.held_out == pytest.approx((last.held_out_base + last.held_out_pseudo) / 2)
     assert run.selected_epoch == 12
@@ -219,9 +220,7 @@ def test_an_image_that_cannot_be_read_is_counted_and_too_many_stop_it(make_job, 
 
 def test_images_without_labels_serve_the_pseudo_labels_alone(make_job):
     """With no labelled image at all, L_sup is 0 and teaches nothing; the result is that of L_pse alone."""
-    job = make_job(
-        val=None, held_out=None, epochs=2, dropout=0.0, adam=AdamSettings(lr=1e-3, weight_decay=0.0)
-    )
+    job = make_job(val=None, held_out=None, epochs=2, dropout=0.0, adam=AdamSettings(lr=1e-3))
     nothing = Ragged.of([[]] * len(job.train))
     train = dataclasses.replace(job.train, labels=nothing, is_labelled=np.zeros(len(job.train), bool))
     both = train_here(dataclasses.replace(job, train=train), device="cpu")
