@@ -109,6 +109,7 @@ def test_encoders_equal_a_plain_loop(evaluate, book):
     assert found.methods[1].ap50[row] == pytest.approx(by_hand, abs=1e-9)
 
 
+@pytest.mark.slow
 def test_the_settings_of_an_encoder_count(evaluate, book, encoder_name):
     found = evaluate(encoder=[encoder_name], head="dense", image_size=96, keep_threshold=0.9)
     images = open_dataset(f"picturebook:{book}")
@@ -206,6 +207,7 @@ def test_what_an_index_loses_is_seen(evaluate, book, index, home):
     assert evaluate(index=str(lossy), snapshot=1).index["recall_at_50"] == 1
 
 
+@pytest.mark.slow
 def test_images_that_the_index_lacks_are_left_out_and_counted(evaluate, book, index, home):
     content = json.loads((book / "annotations.json").read_text())
     content["images"].append({"id": 10_000, "file_name": "unknown.jpg"})
@@ -270,6 +272,7 @@ def test_the_command_prints_json_and_writes_the_categories(
     assert of_index["images_of_other_data"] == 30
 
 
+@pytest.mark.slow
 def test_the_command_prints_tables(job, book, encoder_name, capsys, ray_address):
     given = ["--dataset", f"picturebook:{book}", "--encoder", encoder_name, "--head", "clip"]
     assert job.main([*given, "--task", "multilabel"]) == 0
@@ -285,6 +288,7 @@ def test_the_command_prints_tables(job, book, encoder_name, capsys, ray_address)
     assert len(method.split()) == 8
 
 
+@pytest.mark.slow
 def test_a_split_without_novel_categories_has_no_novel_mean(
     job, book, encoder_name, tmp_path, capsys, ray_address
 ):
