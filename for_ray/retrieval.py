@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from for_ray import storage
 from for_ray.errors import ConfigError, DataError, ForRayError
 from for_ray.index import snapshots
-from for_ray.index.search import ImageVectors, RankedImages, SegmentSet, search_images
+from for_ray.index.search import ImageVectors, RankedImages, SegmentSet, open_segments, search_images
 from for_ray.index.similar import search_similar
 from for_ray.index.table import open_table, unpack_vectors
 from for_ray.model.bundle import Bundle, open_bundle
@@ -94,7 +94,9 @@ def open_index(
         _check_encoder(encoder, layout, snapshot)
     bundle = _open_bundle(layout, snapshot)
     images = _open_images(layout, snapshot)
-    segments = _open_segments(layout, snapshot, cache_path=cache_path)
+    segments = open_segments(
+        layout, snapshot.fingerprint, snapshot.segments, nprobe=snapshot.nprobe, cache_path=cache_path
+    )
     return OpenIndex(snapshot, bundle=bundle, images=images, segments=segments, device=device)
 
 
@@ -279,16 +281,6 @@ def _open_images(layout: Layout, snapshot: Snapshot) -> Any:
     if images is None:
         raise DataError(f"{uri}, which snapshot {snapshot.snapshot_id} names, is not there: restore it")
     return images
-
-
-def _open_segments(layout: Layout, snapshot: Snapshot, *, cache_path: Path | None) -> SegmentSet:
-    def fetch(segment: Any) -> Path:
-        uri = layout.segment_uri(snapshot.fingerprint, segment.file_name)
-        return storage.local_copy(uri, sha256=segment.sha256, cache_path=cache_path)
-
-    with ThreadPoolExecutor(8) as fetchers:
-        paths = list(fetchers.map(fetch, snapshot.segments))
-    return SegmentSet(paths, nprobe=max(snapshot.nprobe, 1))
 
 
 def _box(row: dict[str, Any], slot: int) -> Box:

@@ -14,31 +14,27 @@ from pathlib import Path
 if importlib.util.find_spec("for_ray") is None:  # a copy that is not installed, as `ray job submit` makes it
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from for_ray.command import run_command
 from for_ray.config import EvaluateSettings, read_settings
-from for_ray.errors import ForRayError, StageError
 
 
 def main(arguments: list[str]) -> int:
     """Run the job; its exit code."""
-    try:
-        settings = read_settings(EvaluateSettings, arguments)
+    return run_command(lambda: _run(arguments))
 
-        from for_ray.pipeline.evaluate import run_evaluate
-        from for_ray.stages.progress import Progress
-        from for_ray.stages.results import print_evaluation
 
-        evaluation = run_evaluate(settings, progress=Progress())
-        if settings.json_:
-            print(json.dumps(evaluation.to_json(), ensure_ascii=False), flush=True)
-        else:
-            print_evaluation(evaluation, sys.stdout)
-    except KeyboardInterrupt:
-        print("error: interrupted", file=sys.stderr)
-        return 130
-    except ForRayError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1 if isinstance(error, StageError) else 2
-    return 0
+def _run(arguments: list[str]) -> None:
+    settings = read_settings(EvaluateSettings, arguments)
+
+    from for_ray.pipeline.evaluate import run_evaluate
+    from for_ray.stages.progress import Progress
+    from for_ray.stages.results import print_evaluation
+
+    evaluation = run_evaluate(settings, progress=Progress())
+    if settings.json_:
+        print(json.dumps(evaluation.to_json(), ensure_ascii=False), flush=True)
+    else:
+        print_evaluation(evaluation, sys.stdout)
 
 
 if __name__ == "__main__":

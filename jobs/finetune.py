@@ -13,30 +13,28 @@ from pathlib import Path
 if importlib.util.find_spec("for_ray") is None:  # a copy that is not installed, as `ray job submit` makes it
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from for_ray.command import run_command
 from for_ray.config import FinetuneSettings, read_settings
-from for_ray.errors import ForRayError, StageError
 
 
 def main(arguments: list[str]) -> int:
     """Run the job; its exit code."""
-    try:
-        settings = read_settings(FinetuneSettings, arguments)
+    return run_command(
+        lambda: _run(arguments), when_interrupted="interrupted; run again to go on from the last epoch"
+    )
 
-        from for_ray.pipeline.finetune import run_finetune
-        from for_ray.stages.finetune_report import print_finetuned
-        from for_ray.stages.progress import Progress
 
-        summary = run_finetune(settings, progress=Progress())
-        print_finetuned(summary)
-        if settings.json_:
-            print(summary.model_dump_json(), flush=True)
-    except KeyboardInterrupt:
-        print("error: interrupted; run again to go on from the last epoch", file=sys.stderr)
-        return 130
-    except ForRayError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1 if isinstance(error, StageError) else 2
-    return 0
+def _run(arguments: list[str]) -> None:
+    settings = read_settings(FinetuneSettings, arguments)
+
+    from for_ray.pipeline.finetune import run_finetune
+    from for_ray.stages.finetune_report import print_finetuned
+    from for_ray.stages.progress import Progress
+
+    summary = run_finetune(settings, progress=Progress())
+    print_finetuned(summary)
+    if settings.json_:
+        print(summary.model_dump_json(), flush=True)
 
 
 if __name__ == "__main__":

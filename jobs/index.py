@@ -13,30 +13,28 @@ from pathlib import Path
 if importlib.util.find_spec("for_ray") is None:  # a copy that is not installed, as `ray job submit` makes it
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from for_ray.command import run_command
 from for_ray.config import IndexSettings, read_settings
-from for_ray.errors import ForRayError, StageError
 
 
 def main(arguments: list[str]) -> int:
     """Run the job; its exit code."""
-    try:
-        settings = read_settings(IndexSettings, arguments)
+    return run_command(
+        lambda: _run(arguments), when_interrupted="interrupted; run again to go on: what was committed stays"
+    )
 
-        from for_ray.pipeline.index import run_index
-        from for_ray.stages.progress import Progress
-        from for_ray.stages.report import print_summary
 
-        summary = run_index(settings, progress=Progress())
-        print_summary(summary)
-        if settings.json_:
-            print(summary.model_dump_json(), flush=True)
-    except KeyboardInterrupt:
-        print("error: interrupted; run again to go on: what was committed stays", file=sys.stderr)
-        return 130
-    except ForRayError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1 if isinstance(error, StageError) else 2
-    return 0
+def _run(arguments: list[str]) -> None:
+    settings = read_settings(IndexSettings, arguments)
+
+    from for_ray.pipeline.index import run_index
+    from for_ray.stages.progress import Progress
+    from for_ray.stages.report import print_summary
+
+    summary = run_index(settings, progress=Progress())
+    print_summary(summary)
+    if settings.json_:
+        print(summary.model_dump_json(), flush=True)
 
 
 if __name__ == "__main__":

@@ -10,20 +10,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from for_ray.command import run_command
 from for_ray.config import SearchSettings, read_settings
-from for_ray.errors import ForRayError
 
 
 def main() -> int:
     """Search, print, write the sheet; the exit code."""
-    try:
-        _search(read_settings(SearchSettings, sys.argv[1:]))
-    except ForRayError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    return run_command(lambda: _search(read_settings(SearchSettings, sys.argv[1:])))
 
 
 def _search(settings: SearchSettings) -> None:

@@ -9,6 +9,7 @@ approximations, so more images than k are gathered and ranked again with their s
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,7 +19,8 @@ from numpy.typing import NDArray
 
 from for_ray.index.codec import open_index
 from for_ray.index.probe import Hits, check_same_codec, drop_images, merge_hits, search_segment, trim_hits
-from for_ray.schema import image_ids_of, slots_of
+from for_ray.schema import Layout, Segment, image_ids_of, slots_of
+from for_ray.storage import local_copy
 
 CODE_NOISE = 1e-5
 """By how much FAISS's float32 sums of one and the same vector may differ, with a wide margin."""
@@ -28,6 +30,9 @@ HITS_PER_IMAGE = 4
 
 RERANK_AT_ONCE = 1024
 """Images whose vectors are held at once: 100 MB of float16 at 50 slots of 1024 dimensions."""
+
+NUM_FETCHERS = 8
+"""Segments that are fetched at once."""
 
 ImageVectors = tuple[NDArray[np.int64], NDArray[np.integer], NDArray[np.floating]]
 """Image ids [b], offsets [b + 1], vectors [n, D]: image i has the vectors offsets[i] to offsets[i + 1], in
@@ -147,6 +152,37 @@ class SegmentSet:
             if segment.ntotal
         ]
         return merge_hits(found, k)
+
+
+def open_segments(
+    layout: Layout,
+    fingerprint: str,
+    segments: Sequence[Segment],
+    *,
+    nprobe: int,
+    cache_path: Path | None = None,
+) -> SegmentSet:
+    """Fetch segments and map them into memory.
+
+    Args:
+        layout: The index.
+        fingerprint: Of the encoder that made them.
+        segments: Which; at least one.
+        nprobe: Lists that a search looks at in each; what a snapshot without segments says (0) counts as 1.
+        cache_path: For segments of a bucket; the usual cache where None.
+
+    Raises:
+        DataError: A file is not what its checksum says.
+        StorageError: The store refused.
+    """
+
+    def fetch(segment: Segment) -> Path:
+        uri = layout.segment_uri(fingerprint, segment.file_name)
+        return local_copy(uri, sha256=segment.sha256, cache_path=cache_path)
+
+    with ThreadPoolExecutor(NUM_FETCHERS) as fetchers:
+        paths = list(fetchers.map(fetch, segments))
+    return SegmentSet(paths, nprobe=max(nprobe, 1))
 
 
 def search_images(

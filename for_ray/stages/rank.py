@@ -6,8 +6,6 @@ Only images that the data set has, too, are ranked: the others are passed over i
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,17 +15,14 @@ import ray
 from numpy.typing import NDArray
 
 from for_ray.evaluation.exact import Batch, exact_top_images
-from for_ray.index.search import SegmentSet, search_images
+from for_ray.index.search import open_segments, search_images
 from for_ray.index.table import ImageVectors, read_vectors, scan_state, take_vectors
 from for_ray.schema import Snapshot
 from for_ray.stages.cluster import Cluster
 from for_ray.stages.ranges import RangeJob, split_images
-from for_ray.storage import local_copy
 
 IMAGES_A_TASK, IMAGES_A_READ = 50_000, 512
 """Images that one task compares with all queries, and how many of them it holds at once."""
-
-NUM_FETCHERS = 8
 
 
 class Members(NamedTuple):
@@ -66,19 +61,6 @@ def find_members(table: Any, uris: pa.ChunkedArray) -> Members:
     return Members(image_ids[is_shared], rows[is_shared], image_ids[~is_shared])
 
 
-@dataclass(frozen=True)
-class IndexRankings:
-    """The first images of each query [Q], best first: ids, of each query as many as there are.
-
-    Attributes:
-        found: Through the index.
-        exact: By comparison with every stored vector.
-    """
-
-    found: Sequence[NDArray[np.int64]]
-    exact: Sequence[NDArray[np.int64]]
-
-
 def rank_by_index(
     job: RangeJob,
     snapshot: Snapshot,
@@ -102,16 +84,12 @@ def rank_by_index(
     """
     table = job.open_table()
 
-    def fetch(segment: Any) -> Path:
-        uri = job.layout.segment_uri(job.fingerprint, segment.file_name)
-        return local_copy(uri, sha256=segment.sha256, cache_path=cache_path)
-
     def stored(image_ids: NDArray[np.int64]) -> ImageVectors:
         return take_vectors(table, image_ids)
 
-    with ThreadPoolExecutor(NUM_FETCHERS) as fetchers:
-        paths = list(fetchers.map(fetch, snapshot.segments))
-    segments = SegmentSet(paths, nprobe=max(snapshot.nprobe, 1))
+    segments = open_segments(
+        job.layout, job.fingerprint, snapshot.segments, nprobe=snapshot.nprobe, cache_path=cache_path
+    )
     excluded = np.union1d(members.strangers, np.asarray(snapshot.deleted_image_ids, np.int64))
     found = []
     for query in queries:

@@ -12,12 +12,12 @@ from numpy.typing import NDArray
 
 from for_ray.errors import StageError
 from for_ray.evaluation.exact import exact_top_images, recall_at_k
-from for_ray.index.search import SegmentSet, search_images
+from for_ray.index.search import open_segments, search_images
 from for_ray.index.table import ImageVectors, read_vectors, take_vectors, worst_causes
 from for_ray.schema import Segment
 from for_ray.stages.cluster import Cluster
 from for_ray.stages.ranges import RangeJob, split_images
-from for_ray.storage import local_copy, shown
+from for_ray.storage import shown
 
 RANKED = 50
 """Recall is that of the first 50 images: what a page of results shows."""
@@ -70,15 +70,7 @@ def measure_recall(
     _ = cluster.resources
     right = _exact(job, sample, queries)
     table = job.open_table()
-    paths = [
-        local_copy(
-            job.layout.segment_uri(job.fingerprint, segment.file_name),
-            sha256=segment.sha256,
-            cache_path=cache_path,
-        )
-        for segment in sample
-    ]
-    index = SegmentSet(paths, nprobe=nprobe)
+    index = open_segments(job.layout, job.fingerprint, sample, nprobe=nprobe, cache_path=cache_path)
 
     def stored(image_ids: NDArray[np.int64]) -> ImageVectors:
         return take_vectors(table, image_ids)
