@@ -49,7 +49,8 @@ class RankedImages(NamedTuple):
         image_ids: int64 [R], distinct, R <= k.
         slots: int64 [R], which stored vector of the image gives its score; of equal ones the first.
         scores: float32 [R]; exact cosines where the search was given the exact vectors.
-        is_complete: Whether there are k images. If not, `is_exhaustive` holds: the index has no more.
+        is_complete: Whether there are k images. If not, the index has no more, or no more lists were to be
+            looked at.
         is_exhaustive: Whether every vector of every list was looked at.
         num_candidates: Images that were ranked again.
     """
@@ -193,12 +194,13 @@ def search_images(
     exact: Exact | None,
     exclude_image_ids: NDArray[np.int64] | None = None,
     nprobe: int | None = None,
+    probes_more: bool = True,
 ) -> RankedImages:
     """The k images with the highest score: k distinct ones, or all that the index has.
 
     Candidates are the max(4k, k + 100) images that the codes rank first, and all that they rank equal to
     the k-th. With the codec Flat and all lists looked at, the answer is that of a comparison with every
-    vector, ties included. More lists are looked at than `nprobe` if these hold too few images.
+    vector, ties included.
 
     Args:
         segments: What is searched.
@@ -207,6 +209,7 @@ def search_images(
         exact: Gives the stored vectors for the exact scores; None leaves the codec's scores.
         exclude_image_ids: Sorted; images that are never found.
         nprobe: Lists looked at in each segment to begin with.
+        probes_more: Look at more lists if these hold too few images. A measure of `nprobe` itself must not.
 
     Raises:
         ValueError: k or nprobe is below 1, or the query has another dimension or a NaN.
@@ -220,6 +223,7 @@ def search_images(
         k,
         exclude_image_ids=exclude_image_ids,
         nprobe=segments.nprobe if nprobe is None else nprobe,
+        probes_more=probes_more,
     )
     ranked = candidates if exact is None else _rerank(candidates.image_ids, query, exact=exact)
     best = ranked.first(k)
@@ -243,6 +247,7 @@ def _gather(
     *,
     exclude_image_ids: NDArray[np.int64] | None,
     nprobe: int,
+    probes_more: bool,
 ) -> tuple[_Ranking, bool]:
     """The candidates by the codec's scores, and whether the whole index was looked at."""
     wanted = max(4 * k, k + 100)
@@ -252,7 +257,8 @@ def _gather(
         images = _group(hits)
         is_drained = hits.scores.shape[1] < fetch  # nothing is left in these lists
         is_exhaustive = is_drained and nprobe >= segments.nlist
-        if is_exhaustive or len(images.image_ids) >= wanted:
+        is_final = is_drained and (is_exhaustive or not probes_more)
+        if is_final or len(images.image_ids) >= wanted:
             # Images that tie with the k-th may lie behind the last hit: the lowest ids of them count.
             floor = images.scores[k - 1] - CODE_NOISE if len(images.image_ids) >= k else -np.inf
             if is_drained or hits.scores[0, -1] < floor:

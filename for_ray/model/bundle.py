@@ -229,12 +229,7 @@ def check(bundle: Bundle) -> None:
         ConfigError: The first such thing.
     """
     config = bundle.config
-    cells = catalog.num_cells(bundle.model_config, bundle.image_size)
-    if config.head == "dense" and cells > MAX_SLOTS:
-        raise ConfigError(
-            f"head dense at image_size {config.image_size} gives {cells} vectors an image, "
-            f"at most {MAX_SLOTS} are possible: take head cluster, or a smaller image_size"
-        )
+    catalog.num_cells(bundle.model_config, bundle.image_size)  # refuses a side that is not made of cells
     for prompt in config.prompts:
         if prompt.count("{}") != 1:
             raise ConfigError(f"the prompt {prompt!r} must contain {{}} once, where the name goes")
@@ -242,4 +237,17 @@ def check(bundle: Bundle) -> None:
         raise ConfigError(
             f"the encoder {config.name} has no trained sum head: train one (jobs/finetune.py) and give its "
             "bundle, or take head cluster, which needs no training"
+        )
+
+
+def check_indexable(bundle: Bundle) -> None:
+    """Refuse an encoder that gives an image more vectors than an index can number.
+
+    Raises:
+        ConfigError: Head `dense` has too many cells.
+    """
+    if bundle.num_slots > MAX_SLOTS:
+        raise ConfigError(
+            f"head {bundle.config.head} at image_size {bundle.image_size} gives {bundle.num_slots} vectors "
+            f"an image, at most {MAX_SLOTS} can be indexed: take head cluster, or a smaller image_size"
         )

@@ -143,7 +143,12 @@ class Objective(nn.Module):
         self.slots, self._names = slots, settings.losses
         self.losses = nn.ModuleDict(
             {
-                name: SetLoss(texts[name], logit_scale=logit_scale, null_weight=settings.null_weight)
+                name: SetLoss(
+                    texts[name],
+                    logit_scale=logit_scale,
+                    null_weight=settings.null_weight,
+                    is_ranked=name == "pse",
+                )
                 for name in settings.losses
             }
         )

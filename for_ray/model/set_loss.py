@@ -35,12 +35,17 @@ class SetLoss(nn.Module):
         text: Unit vectors of the categories [V, D], frozen.
         logit_scale: What cosines are multiplied with.
         null_weight: w_∅, the weight of a slot that no label was given to; labels weigh 1.
+        is_ranked: Labels come the most probable first: of more than there are slots, the first get one.
+            Otherwise the slots' own probabilities decide.
     """
 
     text: Tensor
 
-    def __init__(self, text: Tensor, *, logit_scale: float, null_weight: float) -> None:
+    def __init__(
+        self, text: Tensor, *, logit_scale: float, null_weight: float, is_ranked: bool = False
+    ) -> None:
         super().__init__()
+        self._is_ranked = is_ranked
         self.register_buffer("text", text, persistent=False)
         self.logit_scale, self.null_weight = logit_scale, null_weight
         self.null_logit = nn.Parameter(torch.zeros(())) if null_weight > 0 else None
@@ -57,7 +62,7 @@ class SetLoss(nn.Module):
 
         Args:
             vectors: Unit vectors [B, N, D]; computed in their type, float32 at least.
-            labels: Indices into the categories [B, T], int64, -1 where there is none; an image's differ.
+            labels: Indices into the categories [B, T], int64, an image's differ; -1 behind the last.
             weights: Of each label [B, T]; 1 where None.
             candidates: bool [B, V]: the categories that take part in an image's softmax, its labels among
                 them; all where None.
@@ -67,19 +72,25 @@ class SetLoss(nn.Module):
             IndexError: A label is outside the categories (on a GPU: CUDA's own error).
         """
         self._check(vectors, labels)
-        scores = self._log_probabilities(vectors, candidates)
+        num_given = (labels >= 0).sum()
+        if self._is_ranked:
+            labels = labels[:, : vectors.shape[1]]
+        logits = self._logits(vectors, candidates)
+        total = logits.logsumexp(dim=2)  # [B, N]
+        if self.null_logit is not None:
+            total = torch.logaddexp(total, self.null_logit.to(total.dtype))
         wanted = labels.clamp(min=0)[:, None, :].expand(-1, vectors.shape[1], -1)
-        log_probability = scores.categories.gather(2, wanted)  # [B, N, V] -> [B, N, T]
+        log_probability = logits.gather(2, wanted) - total[..., None]  # [B, N, V] -> [B, N, T]
         pairs = match(log_probability.detach().exp(), labels)
         matched = log_probability[pairs.images, pairs.slots, pairs.columns]  # [M]
         of_pair = torch.ones_like(matched) if weights is None else weights[pairs.images, pairs.columns]
         loss, weight = -(of_pair * matched).sum(), of_pair.sum()
-        if scores.null is not None:
-            unmatched = _unmatched(pairs, scores.null)
-            loss = loss - self.null_weight * (scores.null * unmatched).sum()
+        if self.null_logit is not None:
+            unmatched = _unmatched(pairs, total)
+            loss = loss - self.null_weight * ((self.null_logit - total) * unmatched).sum()
             weight = weight + self.null_weight * unmatched.sum()
-        num_matched = torch.tensor(len(matched), device=vectors.device)
-        return LossSums(loss, weight, num_matched, (labels >= 0).sum() - num_matched)
+        num_matched = torch.full_like(num_given, len(matched))  # filled on the device: no copy to wait for
+        return LossSums(loss, weight, num_matched, num_given - num_matched)
 
     def _check(self, vectors: Tensor, labels: Tensor) -> None:
         if vectors.ndim != 3 or vectors.shape[2] != self.text.shape[1]:
@@ -87,24 +98,12 @@ class SetLoss(nn.Module):
         if labels.ndim != 2 or len(labels) != len(vectors):
             raise ValueError(f"expected labels [{len(vectors)}, T], got {list(labels.shape)}")
 
-    def _log_probabilities(self, vectors: Tensor, candidates: Tensor | None) -> _Scores:
+    def _logits(self, vectors: Tensor, candidates: Tensor | None) -> Tensor:
+        """logit_scale · cos(ŷ_i, e_c) [B, N, V]; -inf where a category takes no part."""
         vectors = vectors if vectors.dtype == torch.float64 else vectors.float()
         with torch.autocast(vectors.device.type, enabled=False):
-            logits = self.logit_scale * (vectors @ self.text.to(vectors.dtype).T)  # -> [B, N, V]
-        if candidates is not None:
-            logits = logits.masked_fill(~candidates[:, None, :], -torch.inf)
-        total = logits.logsumexp(dim=2)  # [B, N]
-        if self.null_logit is None:
-            return _Scores(logits - total[..., None], None)
-        total = torch.logaddexp(total, self.null_logit.to(total.dtype))
-        return _Scores(logits - total[..., None], self.null_logit - total)
-
-
-class _Scores(NamedTuple):
-    """Logarithms of p(category | slot) [B, N, V] and of p(∅ | slot) [B, N]."""
-
-    categories: Tensor
-    null: Tensor | None
+            logits = self.logit_scale * (vectors @ self.text.to(vectors.dtype).T)
+        return logits if candidates is None else logits.masked_fill(~candidates[:, None, :], -torch.inf)
 
 
 def _unmatched(pairs: Matches, like: Tensor) -> Tensor:

@@ -49,7 +49,8 @@ UNDECISIVE = {
     *("dataset", "split", "encoder", "labels", "val", "val_split", "val_labels"),  # their content is hashed
     *("output", "preset", "workers", "device", "read_threads", "max_bad_fraction", "name", "config", "json_"),
 }
-"""Settings that leave the result as it is."""
+"""Settings that a run may be continued with whatever they were before: they name places, or say by whom it is
+trained, which changes rounding and what dropout draws, not what is learnt from."""
 
 
 def run_finetune(settings: FinetuneSettings, *, progress: Progress) -> FinetuneSummary:
@@ -108,17 +109,17 @@ class _Run:
             held_out=settings.held_out,
             labelled_fraction=settings.labelled_fraction,
             fold=settings.fold,
+            labelled_only=not settings.has_pse,
         )
         self.val = self._find_val()
         _check_parts(settings, self.parts)
 
     def train(self) -> FinetuneSummary:
         """Everything from here on is written to the output."""
-        run, before = self._record(), self._record_before()
-        if before is not None and before.identity != run.identity:
-            raise ConfigError(_another_run(self.layout, before, run))
+        run = self._record()
+        before = self._record_before(run)
         if before is not None and before.fingerprint is not None:
-            return self._summary(before, f"trained before: {len(before.epochs)} epochs; nothing to do")
+            return self._nothing_to_do(before)
         if before is None:
             from for_ray.model.towers import check_weights
 
@@ -128,14 +129,18 @@ class _Run:
             cluster = Cluster(stack)
             with self.progress.stage("start"):
                 workers = _choose_workers(self.settings, cluster)
-            stack.enter_context(
+            lease = stack.enter_context(
                 Lease.acquire(self.layout.lease_uri, f"jobs/finetune.py ({run.identity[:8]})")
             )
+            before = self._record_before(run)  # another run may have begun meanwhile, or ended
+            if before is not None and before.fingerprint is not None:
+                return self._nothing_to_do(before)
             with failures("finetune"):
                 self.bundle.save(self.layout.start_uri)
                 self._write(run)
             done = self._train(run, workers)
             with failures("report"):
+                lease.check()
                 run = run.model_copy(
                     update={
                         "fingerprint": _saved_fingerprint(self.layout.bundle_uri),
@@ -194,14 +199,18 @@ class _Run:
         labels = open_labels(canonical_uri(settings.val_labels)) if settings.val_labels else None
         return _Val(self._find(dataset, labels, num_categories=len(dataset.categories)), dataset)
 
-    def _record_before(self) -> FinetuneRun | None:
+    def _record_before(self, run: FinetuneRun) -> FinetuneRun | None:
+        """What the output says of this run; another one there is refused."""
         if not exists(self.layout.run_uri):
             return None
         try:
-            return FinetuneRun.model_validate_json(read_bytes(self.layout.run_uri))
+            before = FinetuneRun.model_validate_json(read_bytes(self.layout.run_uri))
         except ValueError as error:
             reason = " ".join(str(error).split())[:120]
             raise DataError(f"{self.layout.run_uri} is no record of a fine-tuning: {reason}") from error
+        if before.identity != run.identity:
+            raise ConfigError(_another_run(self.layout, before, run))
+        return before
 
     def _record(self) -> FinetuneRun:
         """What this run is, before it has any result."""
@@ -257,6 +266,9 @@ class _Run:
     def _write(self, run: FinetuneRun) -> None:
         write_bytes(self.layout.run_uri, run.model_dump_json(indent=1).encode())
 
+    def _nothing_to_do(self, run: FinetuneRun) -> FinetuneSummary:
+        return self._summary(run, f"trained before: {len(run.epochs)} epochs; nothing to do")
+
     def _summary(self, run: FinetuneRun, message: str) -> FinetuneSummary:
         return FinetuneSummary.of(
             run,
@@ -288,8 +300,12 @@ def _base_categories(dataset: LabelledImages) -> tuple[str, ...]:
 
 def _check_parts(settings: FinetuneSettings, parts: Parts) -> None:
     """Refuse what leaves nothing to learn from."""
-    if len(parts.train) < settings.workers:
-        raise DataError(f"{len(parts.train)} images to train on do not go round {settings.workers} workers")
+    num_batches = max(1, -(-len(parts.train) // settings.batch_size))
+    if len(parts.train) // num_batches < settings.workers:  # batches differ by one image at most
+        raise DataError(
+            f"{len(parts.train)} images make batches of {len(parts.train) // num_batches}, which do not go "
+            f"round {settings.workers} workers: take fewer --workers, or another --batch-size"
+        )
     if settings.has_sup and not parts.train.labels.values.size:
         raise DataError(
             f"none of the {int(parts.train.is_labelled.sum()):,} labelled images shows a base category: "

@@ -27,7 +27,7 @@ from for_ray.errors import ForRayError, StorageError
 from for_ray.index import snapshots, table
 from for_ray.index.growth import codec_kind
 from for_ray.index.plan import IndexPlan, plan_index
-from for_ray.model.bundle import Bundle, open_bundle
+from for_ray.model.bundle import Bundle, check_indexable, open_bundle
 from for_ray.schema import Layout, Snapshot, images_schema
 from for_ray.stages.cluster import Cluster
 from for_ray.stages.diff import Gap, write_gap
@@ -381,13 +381,15 @@ def _open_encoder(settings: IndexSettings, layout: Layout, latest: Snapshot | No
     encoder = settings.encoder
     if encoder is None:
         encoder = layout.bundle_uri(latest.fingerprint) if latest else DEFAULT_ENCODER
-    return open_bundle(
+    bundle = open_bundle(
         encoder,
         head=settings.head,
         num_slots=settings.num_slots,
         image_size=settings.image_size,
         keep_threshold=settings.keep_threshold,
     )
+    check_indexable(bundle)
+    return bundle
 
 
 def _num_to_delete(gap: Gap) -> int:

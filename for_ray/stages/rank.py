@@ -73,6 +73,9 @@ def rank_by_index(
 ) -> list[NDArray[np.int64]]:
     """What a search of the index answers, in this process.
 
+    The other images' vectors are passed over, but no more lists are looked at for them than the snapshot
+    says: what these lists lack is the index's loss. A query may thus have fewer images than `depth`.
+
     Args:
         job: Names the table and its version.
         snapshot: Names the segments, and the lists that a search looks at.
@@ -93,7 +96,9 @@ def rank_by_index(
     excluded = np.union1d(members.strangers, np.asarray(snapshot.deleted_image_ids, np.int64))
     found = []
     for query in queries:
-        ranked = search_images(segments, query, depth, exact=stored, exclude_image_ids=excluded)
+        ranked = search_images(
+            segments, query, depth, exact=stored, exclude_image_ids=excluded, probes_more=False
+        )
         found.append(ranked.image_ids)
         on_progress(len(found))
     return found

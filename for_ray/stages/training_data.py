@@ -122,6 +122,7 @@ def part_images(
     held_out: float,
     labelled_fraction: float,
     fold: int,
+    labelled_only: bool = False,
 ) -> Parts:
     """Keep images from the training, and labels from images, by hashes of the images' names.
 
@@ -133,11 +134,13 @@ def part_images(
         held_out: Share that is kept from the training.
         labelled_fraction: Share whose labels are known.
         fold: Another fold knows the labels of other images.
+        labelled_only: Leave out of the training what has no labels: without pseudo-labels it teaches nothing.
     """
     is_known = pick_share(found.names, labelled_fraction, key=f"labelled {fold}")
     images = replace(found.images, is_labelled=is_known, labels=_only(found.images.labels, is_known))
     is_held_out = pick_share(found.names, held_out, key="held out")
-    train, kept = images.select(np.flatnonzero(~is_held_out)), np.flatnonzero(is_held_out)
+    is_trained_on = ~is_held_out & is_known if labelled_only else ~is_held_out
+    train, kept = images.select(np.flatnonzero(is_trained_on)), np.flatnonzero(is_held_out)
     if not len(kept):
         return Parts(train, None, None)
     pseudo = None

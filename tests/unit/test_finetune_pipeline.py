@@ -85,7 +85,16 @@ def test_labels_alone_need_no_table_and_clip_is_tuned_whole(given):
             ConfigError,
             "are of another encoder or image size (picturebook) than picturebook",
         ),
-        ({"workers": 64, "batch_size": 64}, DataError, "18 images to train on do not go round 64 workers"),
+        (
+            {"workers": 64, "batch_size": 64},
+            DataError,
+            "18 images make batches of 18, which do not go round 64 workers",
+        ),
+        (
+            {"workers": 5, "batch_size": 5},
+            DataError,
+            "18 images make batches of 4, which do not go round 5 workers",
+        ),
         ({"dataset": "flickr:x"}, ConfigError, "no such data set: 'flickr:x'"),
         ({"split": "/nowhere.json"}, ConfigError, "/nowhere.json"),
     ],

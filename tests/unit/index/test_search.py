@@ -106,6 +106,21 @@ class TestImages:
         assert len(found.image_ids) == held < 60
         assert (found.is_complete, found.is_exhaustive) == (False, True)
 
+    def test_lists_are_not_widened_where_they_are_what_is_measured(self, make_images, make_queries, build):
+        images = make_images(400)
+        segments = SegmentSet(build(images, "IVF8,Flat").paths, nprobe=1)
+        excluded = images.image_ids[:350]
+        for query in make_queries(5):
+            found = search_images(
+                segments, query, 50, exact=images.take, exclude_image_ids=excluded, probes_more=False
+            )
+            probed = search_images(segments, query, 400, exact=images.take, probes_more=False)
+            assert not found.is_exhaustive
+            assert len(found.image_ids) < len(exact_answer(images, query, 50, without=excluded)[0])
+            np.testing.assert_array_equal(
+                found.image_ids, probed.image_ids[~np.isin(probed.image_ids, excluded)]
+            )
+
     def test_excluded_images_are_not_found_and_others_take_their_places(
         self, make_images, make_queries, build
     ):

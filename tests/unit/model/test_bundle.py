@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from for_ray.errors import ConfigError, DataError
 from for_ray.model import catalog, towers
-from for_ray.model.bundle import open_bundle
+from for_ray.model.bundle import check_indexable, open_bundle
 from for_ray.model.encoder import load_encoder
 from for_ray.model.encoder_config import EncoderConfig, dump_toml
 from tests.unit.model.conftest import CONFIGS, make_clip
@@ -157,7 +157,6 @@ def test_unknown_encoders_are_refused_in_one_line(encoder: str, message: str) ->
         ({"head": "best"}, {}, "head: .*'sum', 'cluster', 'dense' or 'clip', got 'best'"),
         ({}, {"keep_threshold": 1.5}, "keep_threshold: .*got 1.5"),
         ({}, {"image_size": 100}, "image_size 100 must be a multiple of 32"),
-        ({}, {"image_size": 544, "head": "dense"}, "gives 289 vectors an image, at most 256"),
         ({"prompts": ["a photo"]}, {}, "'a photo' must contain {} once"),
         ({}, {"head": "sum"}, "no trained sum head"),
         ({"pretrained": "../w.pt"}, {}, "must be the name of a file inside"),
@@ -171,6 +170,14 @@ def test_wrong_settings_are_refused(
     with pytest.raises(ConfigError, match=message) as caught:
         open_bundle(folder(tmp_path / "b", **values), **changes)
     assert "\n" not in str(caught.value)
+
+
+def test_more_vectors_than_an_index_can_number_are_refused_there_alone(tmp_path: Path) -> None:
+    bundle = open_bundle(folder(tmp_path / "b"), image_size=544, head="dense")
+    assert bundle.num_slots == 289
+    with pytest.raises(ConfigError, match="gives 289 vectors an image, at most 256 can be indexed"):
+        check_indexable(bundle)
+    check_indexable(open_bundle(folder(tmp_path / "c"), image_size=512, head="dense"))
 
 
 def test_unreadable_files_are_refused(tmp_path: Path) -> None:
@@ -284,7 +291,7 @@ def test_missing_weights_of_a_tag_say_how_to_get_them(monkeypatch: pytest.Monkey
 def test_config_errors_need_no_torch(tmp_path: Path) -> None:
     code = (
         "import sys\n"
-        "from for_ray.model.bundle import open_bundle\n"
+        "from for_ray.model.bundle import check_indexable, open_bundle\n"
         f"print(open_bundle({folder(tmp_path / 'b')!r}).fingerprint)\n"
         "try: open_bundle('picturbook')\n"
         "except Exception as error: print(error)\n"

@@ -85,6 +85,14 @@ def test_labels_beyond_the_labelled_fraction_are_gone(dataset, labels):
     assert part_images(found, labels, held_out=0.0, labelled_fraction=1.0, fold=0).held_out is None
 
 
+def test_without_pseudo_labels_only_labelled_images_are_trained_on(dataset, labels):
+    found = find_images(dataset, labels, num_categories=len(BASE))
+    settings = {"held_out": 0.25, "labelled_fraction": 0.5, "fold": 2}
+    parts, fewer = (part_images(found, labels, **settings, labelled_only=only) for only in (False, True))
+    assert fewer.train.row_ids.tolist() == parts.train.row_ids[parts.train.is_labelled].tolist()
+    assert len(fewer.held_out) == len(parts.held_out)
+
+
 def test_held_out_images_bring_their_pseudo_labels(dataset, labels):
     found = find_images(dataset, labels, num_categories=len(BASE))
     parts = part_images(found, labels, held_out=0.25, labelled_fraction=1.0, fold=0)
