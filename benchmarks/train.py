@@ -36,8 +36,9 @@ from for_ray.errors import ForRayError
 from for_ray.index.table import require_table, take_rows
 from for_ray.model import set_loss
 from for_ray.model.backbone import Features
-from for_ray.model.finetuning import AdamSettings, Finetuner, LossLabels, LossName, LossSettings, Objective
+from for_ray.model.finetuning import AdamSettings, Finetuner
 from for_ray.model.matching import match
+from for_ray.model.objectives import LossLabels, LossName, LossSettings, Objective
 from for_ray.model.slot_model import SlotModel, as_features
 from for_ray.pipeline.finetune import make_job
 from for_ray.pipeline.label import run_label

@@ -12,6 +12,7 @@ from for_ray.config.reading import Settings, read_preset
 Losses = Literal["sup,pse", "sup", "pse"]
 TrainedHead = Literal["sum", "clip", "dense"]
 Freeze = Literal["qkvo", "vo", "none"]
+Objective = Literal["rank", "set"]
 Precision = Literal["auto", "float32", "float16", "bfloat16"]
 
 
@@ -60,6 +61,11 @@ class FinetuneSettings(Settings):
         None, description="the paper's settings for a data set (Table 8); `paper`: its recipe for any"
     )
     losses: Losses = Field("sup,pse", description="on the labels (sup), on the pseudo-labels (pse), or both")
+    objective: Objective = Field(
+        "rank",
+        description="rank: a softmax over the images of a batch, for each name, taught by windows of the "
+        "frozen feature map and corrected by labels; set: the paper's, over the names, for each slot",
+    )
     labelled_fraction: float = Field(
         1.0,
         gt=0,
@@ -71,7 +77,7 @@ class FinetuneSettings(Settings):
     freeze: Freeze | None = Field(
         None,
         description="layers of the pooling attention that stay as they are: query, key, value, output. "
-        "Default: qkvo for head sum, none for clip and dense",
+        "Default: none, and qkvo for head sum with objective set or where the pooling is no ResNet's",
     )
     layers: int = Field(2, ge=0, le=12, description="decoder layers of head sum")
     slots: int = Field(50, ge=1, le=256, description="vectors of an image with head sum")
@@ -92,7 +98,7 @@ class FinetuneSettings(Settings):
     gamma_sup: float = Field(1.0, ge=0, le=1e4, description="weight of the loss on labels")
     gamma_pse: float = Field(1.0, ge=0, le=1e4, description="weight of the loss on pseudo-labels")
     null_weight: float = Field(
-        0.1, ge=0, le=1, description="weight of a slot without a label; 0: no ∅ at all"
+        0.1, ge=0, le=1, description="objective set: weight of a slot without a label; 0: no ∅ at all"
     )
     seed: int = Field(0, ge=0, lt=2**31, description="of weights, order and dropout")
     val: str | None = Field(

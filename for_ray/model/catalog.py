@@ -79,6 +79,11 @@ def usual_pretraining(name: str) -> dict[str, Any]:
     return {key: seen[0] for key, seen in values.items() if seen and all(value == seen[0] for value in seen)}
 
 
+def is_resnet(config: ModelConfig) -> bool:
+    """Whether the vision tower is a ModifiedResNet."""
+    return isinstance(config["vision_cfg"].get("layers"), list)
+
+
 def num_cells(config: ModelConfig, image_size: int) -> int:
     """K, the cells of a square input of that many pixels.
 
@@ -86,7 +91,7 @@ def num_cells(config: ModelConfig, image_size: int) -> int:
         ConfigError: The size doesn't suit the tower.
     """
     vision = config["vision_cfg"]
-    if isinstance(vision.get("layers"), list):
+    if is_resnet(config):
         if image_size % RESNET_STRIDE:
             raise ConfigError(f"image_size {image_size} must be a multiple of {RESNET_STRIDE} for a ResNet")
         return (image_size // RESNET_STRIDE) ** 2

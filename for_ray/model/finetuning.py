@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, distributed, nn
@@ -18,11 +18,15 @@ from torch.nn.parallel import DistributedDataParallel
 from for_ray.errors import ForRayError
 from for_ray.model.backbone import Features
 from for_ray.model.boxes import distinct_slots
-from for_ray.model.set_loss import LossSums, SetLoss
-from for_ray.model.slot_model import SlotModel
-
-LossName = Literal["sup", "pse"]
-"""On the labels of base categories, or on pseudo-labels."""
+from for_ray.model.objectives import (
+    LossLabels,
+    LossName,
+    LossSettings,
+    Objective,
+    Outcome,
+    RankObjective,
+    num_workers,
+)
 
 LR_DROP = 0.1
 """What the learning rate is multiplied with at the drop epoch (Table 8)."""
@@ -36,27 +40,6 @@ TINY = 1e-12
 
 class HaltedError(ForRayError):
     """The training cannot go on; all workers find it in the same step, so that none waits for another."""
-
-
-@dataclass(frozen=True)
-class LossSettings:
-    """What is minimised.
-
-    Attributes:
-        losses: Which losses.
-        gamma_sup: Weight of the loss on labels.
-        gamma_pse: Weight of the loss on pseudo-labels.
-        null_weight: w_∅; 0 leaves ∅ out.
-    """
-
-    losses: tuple[LossName, ...] = ("sup", "pse")
-    gamma_sup: float = 1.0
-    gamma_pse: float = 1.0
-    null_weight: float = 0.1
-
-    def gamma(self, name: LossName) -> float:
-        """The weight of a loss."""
-        return self.gamma_sup if name == "sup" else self.gamma_pse
 
 
 @dataclass(frozen=True)
@@ -81,34 +64,6 @@ class AdamSettings:
         return rate * min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else rate
 
 
-class LossLabels(NamedTuple):
-    """What one loss has to know of a worker's B images.
-
-    labels: Indices into the loss's categories [B, T], int64, -1 where there is none.
-    is_known: Whether the image takes part in this loss [B], bool.
-    weights: Of each label [B, T]; None: 1.
-    candidates: The categories of an image's softmax [B, V], bool; None: all.
-    """
-
-    labels: Tensor
-    is_known: Tensor
-    weights: Tensor | None = None
-    candidates: Tensor | None = None
-
-    def to(self, device: torch.device) -> LossLabels:
-        """The same on another device."""
-        return LossLabels(
-            *(None if part is None else part.to(device, non_blocking=True) for part in self)  # type: ignore[arg-type]
-        )
-
-
-class Outcome(NamedTuple):
-    """A worker's losses by their names, and the number of images whose vectors are not finite."""
-
-    sums: dict[LossName, LossSums]
-    num_broken: Tensor
-
-
 class LossMean(NamedTuple):
     """One loss over the global batch: mean, what it was divided by, labels that got a slot, and the others.
 
@@ -119,51 +74,6 @@ class LossMean(NamedTuple):
     weight: float
     num_matched: int
     num_dropped: int
-
-
-class Objective(nn.Module):
-    """The head that is trained, and the losses on what it says; all that has a gradient is in here.
-
-    Args:
-        slots: The head and its pooling layer.
-        texts: Unit vectors of each loss's categories [V, D].
-        settings: Which losses, and their ∅.
-        logit_scale: CLIP's.
-    """
-
-    def __init__(
-        self,
-        slots: SlotModel,
-        texts: Mapping[LossName, Tensor],
-        settings: LossSettings,
-        *,
-        logit_scale: float,
-    ) -> None:
-        super().__init__()
-        self.slots, self._names = slots, settings.losses
-        self.losses = nn.ModuleDict(
-            {
-                name: SetLoss(
-                    texts[name],
-                    logit_scale=logit_scale,
-                    null_weight=settings.null_weight,
-                    is_ranked=name == "pse",
-                )
-                for name in settings.losses
-            }
-        )
-
-    def forward(self, features: Features, labels: Mapping[LossName, LossLabels]) -> Outcome:
-        """The losses of a worker's images; vectors that are not finite count as broken, and as zeros."""
-        vectors = self.slots(features)
-        is_broken = ~vectors.isfinite().flatten(1).all(dim=1)
-        vectors = torch.where(is_broken[:, None, None], 0.0, vectors)
-        sums: dict[LossName, LossSums] = {}
-        for name in self._names:
-            known = labels[name].is_known.nonzero().squeeze(1)
-            picked = [part if part is None else part[known] for part in labels[name]]
-            sums[name] = self.losses[name](vectors[known], picked[0], weights=picked[2], candidates=picked[3])
-        return Outcome(sums, is_broken.sum())
 
 
 class Finetuner:
@@ -178,7 +88,7 @@ class Finetuner:
 
     def __init__(
         self,
-        objective: Objective,
+        objective: Objective | RankObjective,
         losses: LossSettings,
         adam: AdamSettings,
         *,
@@ -188,12 +98,12 @@ class Finetuner:
         self.trained = {name: each for name, each in objective.named_parameters() if each.requires_grad}
         self.device = next(iter(self.trained.values())).device
         self.optimizer = torch.optim.Adam(
-            self.trained.values(), lr=adam.lr, betas=BETAS, weight_decay=adam.weight_decay
+            self.trained.values(), lr=adam.lr, betas=BETAS, weight_decay=adam.weight_decay, fused=True
         )
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16)
         # The texts are frozen: broadcasting buffers would send them to every worker at every step.
         self._model = (
-            DistributedDataParallel(objective, broadcast_buffers=False) if _num_workers() > 1 else objective
+            DistributedDataParallel(objective, broadcast_buffers=False) if num_workers() > 1 else objective
         )
 
     def step(
@@ -231,11 +141,14 @@ class Finetuner:
         if not any(each.weight for each in means.values()):
             return means  # Adam would move the weights by its decay alone
         # DDP averages the gradients of the workers; their sum is wanted.
+        weights = {name: total.weight for name, total in totals.items()}
+        if self._losses.objective == "rank":
+            weights = dict.fromkeys(weights, sum(weights.values()))
         parts = [
-            self._losses.gamma(name) / max(totals[name].weight, TINY) * sums.loss
+            self._losses.gamma(name) / max(weights[name], TINY) * sums.loss
             for name, sums in outcome.sums.items()
         ]
-        loss = _num_workers() * torch.stack(parts).sum()
+        loss = num_workers() * torch.stack(parts).sum()
         self._scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
         self._scaler.step(self.optimizer)
         self._scaler.update()
@@ -277,7 +190,7 @@ class Finetuner:
         """The sums over all workers; the step's one wait for the device but for the matching."""
         parts = [torch.stack([part.detach().double() for part in sums]) for sums in outcome.sums.values()]
         totals = torch.cat([*parts, outcome.num_broken.double()[None]])
-        if _num_workers() > 1:
+        if num_workers() > 1:
             distributed.all_reduce(totals)
         *values, num_broken = totals.tolist()
         of_loss = {name: LossTotal(*values[4 * i : 4 * i + 4]) for i, name in enumerate(outcome.sums)}
@@ -296,10 +209,6 @@ class LossTotal(NamedTuple):
 def _mean(total: LossTotal) -> LossMean:
     mean = total.loss / max(total.weight, TINY)
     return LossMean(mean, total.weight, int(total.num_matched), int(total.num_dropped))
-
-
-def _num_workers() -> int:
-    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
 
 
 def set_dropout(head: nn.Module, dropout: float) -> None:

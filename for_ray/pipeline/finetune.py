@@ -19,6 +19,7 @@ from for_ray.config import FinetuneSettings
 from for_ray.datasets.labelled import LabelledImages
 from for_ray.datasets.spec import open_dataset
 from for_ray.errors import ConfigError, DataError
+from for_ray.model import catalog
 from for_ray.model.bundle import Bundle
 from for_ray.model.trained_bundle import HeadSettings, untrained_bundle
 from for_ray.reports.training import render_training
@@ -39,6 +40,7 @@ from for_ray.stages.training_data import (
 from for_ray.storage import Lease, canonical_uri, check_writable, exists, read_bytes, shown, write_bytes
 
 if TYPE_CHECKING:
+    from for_ray.model.slot_model import Freeze
     from for_ray.schema import EpochMetrics
     from for_ray.stages.finetune import Finetuned, Workers
     from for_ray.stages.training_job import FinetuneJob
@@ -233,15 +235,18 @@ class _Run:
 
     def job(self) -> FinetuneJob:
         """What the workers have to know."""
-        from for_ray.model.finetuning import AdamSettings, LossName, LossSettings
+        from for_ray.model.finetuning import AdamSettings
+        from for_ray.model.objectives import LossName, LossSettings
         from for_ray.stages.training_job import FinetuneJob
 
         settings = self.settings
         losses: tuple[LossName, ...] = ("sup",) * settings.has_sup + ("pse",) * settings.has_pse  # type: ignore[assignment]
         return FinetuneJob(
             bundle_uri=self.layout.start_uri,
-            freeze=settings.freeze or ("qkvo" if settings.head == "sum" else "none"),
-            losses=LossSettings(losses, settings.gamma_sup, settings.gamma_pse, settings.null_weight),
+            freeze=settings.freeze or self._default_freeze(),
+            losses=LossSettings(
+                losses, settings.gamma_sup, settings.gamma_pse, settings.null_weight, settings.objective
+            ),
             adam=AdamSettings(
                 settings.lr, settings.lr_drop_epoch, settings.warmup_steps, settings.weight_decay
             ),
@@ -262,6 +267,13 @@ class _Run:
             read_threads=settings.read_threads,
             max_bad_fraction=settings.max_bad_fraction,
         )
+
+    def _default_freeze(self) -> Freeze:
+        """The paper's, and for the ranking loss what can be tuned of the pooling layer: it learns more."""
+        if self.settings.head != "sum":
+            return "none"
+        is_tuned = self.settings.objective == "rank" and catalog.is_resnet(self.bundle.model_config)
+        return "none" if is_tuned else "qkvo"
 
     def _write(self, run: FinetuneRun) -> None:
         write_bytes(self.layout.run_uri, run.model_dump_json(indent=1).encode())

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from for_ray.model.finetuning import LossMean, LossName
+from for_ray.model.finetuning import LossMean
+from for_ray.model.objectives import LossName
 from for_ray.schema import LossPoint
 
 POINTS_OF_AN_EPOCH = 20

@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from for_ray.datasets.labelled import Ragged
-from for_ray.model.finetuning import AdamSettings, LossSettings
+from for_ray.model.finetuning import AdamSettings
+from for_ray.model.objectives import LossSettings
 from for_ray.model.slot_model import Freeze
 from for_ray.stages.training_images import TrainingImages
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from for_ray.datasets.labelled import Ragged
 from for_ray.evaluation.ranking import average_precisions_at_k
 from for_ray.evaluation.summary import DEPTH, GroupMeans
-from for_ray.model.finetuning import LossName
+from for_ray.model.objectives import LossName
 from for_ray.stages.training_images import TrainingImages
 from for_ray.stages.training_job import FinetuneJob
 

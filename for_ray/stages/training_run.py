@@ -23,15 +23,8 @@ from for_ray.datasets.sampling import epoch_batches, pad
 from for_ray.model.bundle import Bundle, open_bundle
 from for_ray.model.encoder import Encoder, load_encoder
 from for_ray.model.encoder_config import POOLING_PREFIX
-from for_ray.model.finetuning import (
-    Finetuner,
-    HaltedError,
-    LossLabels,
-    LossName,
-    Objective,
-    max_cosines,
-    set_dropout,
-)
+from for_ray.model.finetuning import Finetuner, HaltedError, max_cosines, set_dropout
+from for_ray.model.objectives import LossLabels, LossName, Objective, RankObjective
 from for_ray.model.slot_model import SlotModel, as_features, as_tokens
 from for_ray.model.trained_bundle import save_trained
 from for_ray.schema import EpochMetrics
@@ -46,6 +39,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from for_ray.model.backbone import Features
+
+
+NAMES_A_STEP = 1024
+"""Of the vocabulary, that a step of the ranking loss is about: all 21,843 would cost more than the head."""
 
 
 @dataclass(frozen=True)
@@ -84,8 +81,10 @@ class TrainingRun:
         self._texts = {name: self._text(name, encoder) for name in job.losses.losses}
         val_text = _embed(encoder, job.val_categories) if job.val is not None else None
         self._measures = Measures(job, self._texts, val_text, self.score)
-        objective = Objective(self.slots, self._texts, job.losses, logit_scale=encoder.logit_scale)
-        self.finetuner = Finetuner(objective.to(self.device), job.losses, job.adam, dtype=self._dtype)
+        kind = RankObjective if job.losses.objective == "rank" else Objective
+        objective = kind(self.slots, self._texts, job.losses, logit_scale=encoder.logit_scale).to(self.device)
+        self._num_others = len(objective.others) if isinstance(objective, RankObjective) else 0
+        self.finetuner = Finetuner(objective, job.losses, job.adam, dtype=self._dtype)
         self._candidates = _federated(job)
         sets = [images for images in (job.train, job.held_out, job.val) if images is not None]
         self._encoder = None if all(images.has_features for images in sets) else encoder
@@ -159,7 +158,8 @@ class TrainingRun:
         mine = [rows[self._rank :: self._world] for rows in batches]
         curve, num_unreadable = LossCurve(len(batches)), 0
         _seed_torch(job.seed, epoch, self._rank)
-        reader = self._reader(job.train, with_pseudo="pse" in job.losses.losses)
+        is_set = job.losses.objective == "set"
+        reader = self._reader(job.train, with_pseudo=is_set and "pse" in job.losses.losses)
         for index, batch in enumerate(reader.batches(mine)):
             labels = self._labels(batch, batches[index], epoch=epoch, index=index)
             step = epoch * len(batches) + index
@@ -188,6 +188,7 @@ class TrainingRun:
         import torch
 
         train, mine = self.job.train, rows[self._rank :: self._world]
+        most_rows = -(-len(rows) // self._world)
         labels: dict[LossName, LossLabels] = {}
         if "sup" in self.job.losses.losses:
             candidates = None
@@ -196,10 +197,22 @@ class TrainingRun:
                 candidates = torch.from_numpy(drawn[self._rank :: self._world])
             known = torch.from_numpy(train.is_labelled[mine]) & batch.is_readable
             padded = torch.from_numpy(pad(train.labels.select(mine)))
-            labels["sup"] = LossLabels(padded, known, candidates=candidates)
+            labels["sup"] = LossLabels(padded, known, candidates=candidates, most_rows=most_rows)
         if "pse" in self.job.losses.losses:
-            labels["pse"] = LossLabels(batch.pseudo, batch.is_readable)
+            names = self._draw_names(epoch, index)
+            labels["pse"] = LossLabels(batch.pseudo, batch.is_readable, names=names, most_rows=most_rows)
         return {name: each.to(self.device) for name, each in labels.items()}
+
+    def _draw_names(self, epoch: int, index: int) -> Tensor | None:
+        """The names that a step's ranking loss is about, the same on all workers; None: all."""
+        import torch
+
+        if self._num_others <= NAMES_A_STEP:
+            return None
+        drawn = np.random.default_rng([self.job.seed, epoch, index]).choice(
+            self._num_others, NAMES_A_STEP, replace=False
+        )
+        return torch.from_numpy(drawn)
 
     def _features(self, images: TrainingImages, batch: ReadBatch) -> Features:
         import torch

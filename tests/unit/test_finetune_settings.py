@@ -36,7 +36,7 @@ def test_presets_are_table_8(preset, gamma_pse, null_weight, image_size):
     )
     assert settings.image_size == image_size
     assert (settings.head, settings.losses, settings.freeze) == ("sum", "sup,pse", None)
-    assert (settings.select, settings.held_out) == ("last", 0)
+    assert (settings.select, settings.held_out, settings.objective) == ("last", 0, "set")
 
 
 def test_flags_and_file_win_over_the_preset(monkeypatch, tmp_path: Path):

@@ -8,16 +8,8 @@ from torch import Tensor, distributed, multiprocessing, nn
 
 from for_ray.model.backbone import Features
 from for_ray.model.encoder import Encoder, load_encoder
-from for_ray.model.finetuning import (
-    AdamSettings,
-    Finetuner,
-    HaltedError,
-    LossLabels,
-    LossSettings,
-    Objective,
-    max_cosines,
-    set_dropout,
-)
+from for_ray.model.finetuning import AdamSettings, Finetuner, HaltedError, max_cosines, set_dropout
+from for_ray.model.objectives import LossLabels, LossSettings, Objective, RankObjective
 from for_ray.model.set_loss import SetLoss
 from for_ray.model.slot_model import SlotModel
 from for_ray.model.trained_bundle import HeadSettings, untrained_bundle
@@ -67,9 +59,11 @@ def labels() -> dict[str, LossLabels]:
 
 def make_finetuner(encoder: Encoder, texts: dict[str, Tensor], settings: LossSettings, **adam) -> Finetuner:
     set_dropout(encoder.head, 0.0)
-    objective = Objective(
-        SlotModel(encoder.head, encoder.pooling, freeze="qkvo"), texts, settings, logit_scale=SCALE
+    slots = SlotModel(
+        encoder.head, encoder.pooling, freeze="none" if settings.objective == "rank" else "qkvo"
     )
+    kind = RankObjective if settings.objective == "rank" else Objective
+    objective = kind(slots, texts, settings, logit_scale=SCALE)
     return Finetuner(objective, settings, AdamSettings(**adam))
 
 
@@ -82,7 +76,10 @@ def test_a_step_follows_the_gradient_of_the_weighted_losses(encoder, features, t
     settings = LossSettings(gamma_sup=0.5, gamma_pse=3.0, null_weight=0.2)
     finetuner = make_finetuner(encoder, texts, settings, lr=1e-3, weight_decay=0.1)
     slots = finetuner.objective.slots
-    losses = [SetLoss(texts[name], logit_scale=SCALE, null_weight=0.2) for name in ("sup", "pse")]
+    losses = [
+        SetLoss(texts[name], logit_scale=SCALE, null_weight=0.2, is_ranked=name == "pse")
+        for name in ("sup", "pse")
+    ]
     known = labels["sup"].is_known
     vectors = slots(features)
     sums = [losses[0](vectors[known], labels["sup"].labels[known]), losses[1](vectors, labels["pse"].labels)]
@@ -144,8 +141,9 @@ def test_candidates_bound_the_softmax(encoder, features, texts, labels):
     assert finetuner.step(part(features, slice(5)), {"sup": everything}, epoch=0, step=1)["sup"].mean > 0.1
 
 
-def test_steps_make_the_loss_smaller(encoder, features, texts, labels):
-    finetuner = make_finetuner(encoder, texts, LossSettings(), lr=3e-3)
+@pytest.mark.parametrize("objective", ["set", "rank"])
+def test_steps_make_the_loss_smaller(encoder, features, texts, labels, objective):
+    finetuner = make_finetuner(encoder, texts, LossSettings(objective=objective), lr=3e-3)
     losses = [finetuner.step(features, labels, epoch=0, step=step) for step in range(30)]
     for name in ("sup", "pse"):
         assert losses[-1][name].mean < 0.97 * losses[0][name].mean
@@ -220,14 +218,16 @@ def test_an_images_score_is_its_best_kept_slot():
     torch.testing.assert_close(only_first, (vectors[:, 0] @ text.T).T)
 
 
-def worker(rank: int, place: str, features: Features, texts, labels, told) -> None:
+def worker(rank: int, place: str, features: Features, texts, labels, settings: LossSettings, told) -> None:
     """Of two: one step on its half of the batch; rank 0 saves gradients and means."""
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"file://{place}/meet", rank=rank, world_size=2)
     rows = slice(rank, None, 2)
-    mine = {name: LossLabels(each.labels[rows], each.is_known[rows]) for name, each in labels.items()}
+    mine = {
+        name: LossLabels(each.labels[rows], each.is_known[rows], most_rows=3) for name, each in labels.items()
+    }
     encoder = load_encoder(untrained_bundle("picturebook", HEAD), "cpu")
-    finetuner = make_finetuner(encoder, texts, LossSettings(gamma_pse=2.0), lr=1e-3)
+    finetuner = make_finetuner(encoder, texts, settings, lr=1e-3)
     means = finetuner.step(part(features, rows), mine, epoch=0, step=0)
     told[rank] = [mean.mean for mean in means.values()]
     torch.save(
@@ -236,13 +236,23 @@ def worker(rank: int, place: str, features: Features, texts, labels, told) -> No
     distributed.destroy_process_group()
 
 
-def test_two_workers_have_the_gradient_of_one(encoder, features, texts, labels, tmp_path):
-    """Though one has three labelled images and the other one, and one of them more labels than slots."""
-    finetuner = make_finetuner(encoder, texts, LossSettings(gamma_pse=2.0), lr=1e-3)
+@pytest.mark.parametrize("objective", ["set", "rank"])
+@pytest.mark.parametrize("num_images", [6, 5])
+def test_two_workers_have_the_gradient_of_one(
+    encoder, features, texts, labels, tmp_path, objective, num_images
+):
+    """Though one has more labelled images, or images, and one of them more labels than slots."""
+    settings = LossSettings(gamma_pse=2.0, objective=objective)
+    features = part(features, slice(num_images))
+    labels = {
+        name: LossLabels(each.labels[:num_images], each.is_known[:num_images])
+        for name, each in labels.items()
+    }
+    finetuner = make_finetuner(encoder, texts, settings, lr=1e-3)
     means = finetuner.step(features, labels, epoch=0, step=0)
     with multiprocessing.Manager() as manager:
         told = manager.dict()
-        arguments = (str(tmp_path), features, texts, labels, told)
+        arguments = (str(tmp_path), features, texts, labels, settings, told)
         multiprocessing.spawn(worker, arguments, nprocs=2)
         for rank in range(2):
             assert told[rank] == pytest.approx([mean.mean for mean in means.values()], rel=1e-5)
