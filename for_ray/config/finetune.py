@@ -3,26 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field, model_validator
 
-from for_ray.config.reading import Settings, read_preset
+from for_ray.config.reading import Settings
 
 Losses = Literal["sup,pse", "sup", "pse"]
 TrainedHead = Literal["sum", "clip", "dense"]
 Freeze = Literal["qkvo", "vo", "none"]
 Objective = Literal["rank", "set"]
 Precision = Literal["auto", "float32", "float16", "bfloat16"]
-
-
-def preset_values(name: str) -> dict[str, Any]:
-    """The settings of a preset, by their names.
-
-    Raises:
-        ConfigError: There is no such preset.
-    """
-    return read_preset(FinetuneSettings, name)
 
 
 class FinetuneSettings(Settings):

@@ -33,6 +33,9 @@ class LabelSettings(Settings):
         min_length=1,
         description='a JSON file {"base": […], "novel": […]}; default: the data set\'s own',
     )
+    preset: Literal["coco", "lvis", "nuimages", "paper"] | None = Field(
+        None, description="the paper's settings for a data set (Table 8); give jobs/finetune.py the same"
+    )
     encoder: str = Field("picturebook", min_length=1, description="a bundle, or open_clip:MODEL@PRETRAINED")
     head: Literal["cluster", "sum", "dense", "clip"] = Field(
         "cluster", description="whose slots are labelled; the paper's are k-means clusters"

@@ -121,7 +121,7 @@ def _read_file(model: type[Settings], path: Path) -> dict[str, Any]:
 
 
 def read_preset(model: type[Settings], name: str) -> dict[str, Any]:
-    """The settings of a preset of this package, by their names.
+    """What a preset of this package says of a job, by the names of its settings.
 
     Raises:
         ConfigError: There is none of this name.
@@ -129,7 +129,8 @@ def read_preset(model: type[Settings], name: str) -> dict[str, Any]:
     known = sorted(path.stem for path in _PRESETS.glob("*.toml"))
     if name not in known:
         raise ConfigError(f"no such preset: {name}{_similar(name, known)}; expected {', '.join(known)}")
-    return _read_file(model, _PRESETS / f"{name}.toml")
+    values = tomllib.loads((_PRESETS / f"{name}.toml").read_text(encoding="utf-8"))
+    return dict(values[model.__name__.removesuffix("Settings").lower()])
 
 
 def _names(model: type[Settings]) -> list[str]:

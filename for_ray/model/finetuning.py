@@ -187,7 +187,7 @@ class Finetuner:
         self._scaler.load_state_dict(state["scaler"])
 
     def _add_up(self, outcome: Outcome) -> tuple[dict[LossName, LossTotal], int]:
-        """The sums over all workers; the step's one wait for the device but for the matching."""
+        """The sums over all workers. A step waits for the device here, to match, and to pick images."""
         parts = [torch.stack([part.detach().double() for part in sums]) for sums in outcome.sums.values()]
         totals = torch.cat([*parts, outcome.num_broken.double()[None]])
         if num_workers() > 1:

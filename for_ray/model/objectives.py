@@ -57,7 +57,6 @@ class LossLabels(NamedTuple):
 
     labels: Indices into the loss's categories [B, T], int64, -1 where there is none.
     is_known: Whether the image takes part in this loss [B], bool.
-    weights: Of each label [B, T]; None: 1.
     candidates: The categories of an image's softmax [B, V], bool; None: all. For the ranking loss: those
         whose absence is known where they are no labels.
     names: The ranking loss: which of the other names it is about in this step [M]; None: all.
@@ -66,7 +65,6 @@ class LossLabels(NamedTuple):
 
     labels: Tensor
     is_known: Tensor
-    weights: Tensor | None = None
     candidates: Tensor | None = None
     names: Tensor | None = None
     most_rows: int | None = None
@@ -123,8 +121,12 @@ class Objective(nn.Module):
         sums: dict[LossName, LossSums] = {}
         for name in self._names:
             known = labels[name].is_known.nonzero().squeeze(1)
-            picked = [part if part is None else part[known] for part in labels[name][:4]]
-            sums[name] = self.losses[name](vectors[known], picked[0], weights=picked[2], candidates=picked[3])
+            candidates = labels[name].candidates
+            sums[name] = self.losses[name](
+                vectors[known],
+                labels[name].labels[known],
+                candidates=None if candidates is None else candidates[known],
+            )
         return Outcome(sums, num_broken)
 
 

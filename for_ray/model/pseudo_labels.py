@@ -22,9 +22,7 @@ class PseudoLabels(NamedTuple):
     probabilities: Tensor
 
 
-def category_probabilities(
-    vectors: Tensor, text: Tensor, *, logit_scale: float, prior: Tensor | None = None
-) -> Tensor:
+def category_probabilities(vectors: Tensor, text: Tensor, *, logit_scale: float) -> Tensor:
     """Per image and category: softmax over the categories in each slot, then the maximum over the slots.
 
     The logit scale is CLIP's own: over 21,843 categories a softmax of bare cosines cannot exceed 3.4e-4.
@@ -33,7 +31,6 @@ def category_probabilities(
         vectors: Unit vectors [B, N, D].
         text: Unit vectors of the vocabulary [V, D], on the same device.
         logit_scale: What cosines are multiplied with.
-        prior: Taken from the logits before the softmax [V]: how ready the model is to say each name.
 
     Returns:
         [B, V], float32.
@@ -47,8 +44,6 @@ def category_probabilities(
     parts = []
     for part in torch.split(vectors.float(), images_at_once):
         logits = logit_scale * (part @ text.float().T)  # [b, N, D] -> [b, N, V]
-        if prior is not None:
-            logits -= prior
         logits -= logits.logsumexp(dim=2, keepdim=True)
         parts.append(logits.amax(dim=1).exp())  # [b, N, V] -> [b, V]
     return torch.cat(parts) if parts else vectors.new_zeros((0, len(text)), dtype=torch.float32)
@@ -59,9 +54,8 @@ def label_images(
     text: Tensor,
     *,
     logit_scale: float,
-    threshold: float | Tensor,
+    threshold: float,
     most: int,
-    prior: Tensor | None = None,
 ) -> PseudoLabels:
     """The categories whose probability is above the threshold; nothing waits for the device.
 
@@ -69,16 +63,15 @@ def label_images(
         vectors: See `category_probabilities`.
         text: See `category_probabilities`.
         logit_scale: See `category_probabilities`.
-        threshold: One for all, or one for each category [V].
+        threshold: Labels are above it.
         most: Labels of an image at most, at least 1; T is this or V, whichever is less.
-        prior: See `category_probabilities`.
 
     Raises:
         ValueError: The shapes do not go together, or `most` is below 1.
     """
     if most < 1:
         raise ValueError(f"an image must be allowed 1 label at least, got {most}")
-    probabilities = category_probabilities(vectors, text, logit_scale=logit_scale, prior=prior)
+    probabilities = category_probabilities(vectors, text, logit_scale=logit_scale)
     probabilities = torch.where(probabilities > threshold, probabilities, 0.0)
     best, labels = probabilities.topk(min(most, len(text)), dim=1)
     return PseudoLabels(torch.where(best > 0, labels, -1), best)

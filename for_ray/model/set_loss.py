@@ -55,7 +55,6 @@ class SetLoss(nn.Module):
         vectors: Tensor,
         labels: Tensor,
         *,
-        weights: Tensor | None = None,
         candidates: Tensor | None = None,
     ) -> LossSums:
         """The loss of B images.
@@ -63,7 +62,6 @@ class SetLoss(nn.Module):
         Args:
             vectors: Unit vectors [B, N, D]; computed in their type, float32 at least.
             labels: Indices into the categories [B, T], int64, an image's differ; -1 behind the last.
-            weights: Of each label [B, T]; 1 where None.
             candidates: bool [B, V]: the categories that take part in an image's softmax, its labels among
                 them; all where None.
 
@@ -83,8 +81,7 @@ class SetLoss(nn.Module):
         log_probability = logits.gather(2, wanted) - total[..., None]  # [B, N, V] -> [B, N, T]
         pairs = match(log_probability.detach().exp(), labels)
         matched = log_probability[pairs.images, pairs.slots, pairs.columns]  # [M]
-        of_pair = torch.ones_like(matched) if weights is None else weights[pairs.images, pairs.columns]
-        loss, weight = -(of_pair * matched).sum(), of_pair.sum()
+        loss, weight = -matched.sum(), torch.ones_like(matched).sum()
         if self.null_logit is not None:
             unmatched = _unmatched(pairs, total)
             loss = loss - self.null_weight * ((self.null_logit - total) * unmatched).sum()

@@ -103,6 +103,7 @@ class _Run:
         with progress.stage("read") as update:
             self.dataset = open_dataset(settings.dataset, split=settings.split)
             update(len(self.dataset))
+        progress.say(self.dataset.describe())
         self.base = _base_categories(self.dataset)
         self.found = self._find(self.dataset, self.labels, num_categories=len(self.base))
         self.parts: Parts = part_images(
@@ -223,14 +224,13 @@ class _Run:
         content = [decisive, encoder, self.base, digest([train, held_out, val])]
         if self.val is not None:
             content += [self.val.dataset.categories, self.val.dataset.is_novel.tolist()]
-        num_val_missing = self.val.found.num_missing if self.val is not None else 0
         return FinetuneRun(
             identity=hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest(),
             settings=self.settings.model_dump(mode="json", exclude={"config", "json_"}),
             num_images=len(train),
             num_labelled=int(train.is_labelled.sum()),
             num_held_out=len(held_out) if held_out is not None else 0,
-            num_missing=self.found.num_missing + num_val_missing,
+            num_missing=self.found.num_missing,
         )
 
     def job(self) -> FinetuneJob:

@@ -45,7 +45,8 @@ def _counts(run: FinetuneRun) -> list[tuple[str, object]]:
         ("kept from training", run.num_held_out),
         ("missing or unreadable", run.num_missing + last.num_unreadable),
     ]
-    for name, dropped in last.num_dropped.items():
+    is_set = run.settings.get("objective", "set") == "set"  # the ranking loss gives labels no slots
+    for name, dropped in last.num_dropped.items() if is_set else ():
         known = LOSS_NAMES.get(name, name)
         counts.append((f"{known} with a slot, an epoch", last.num_matched[name]))
         counts.append((f"{known} dropped: more than the image has slots", dropped))
@@ -63,7 +64,7 @@ def _losses(epochs: Sequence[EpochMetrics]) -> Chart:
         )
         for name in epochs[0].losses
     ]
-    return Chart("Losses", line_chart(lines, x_label="epoch", y_label="cross entropy"))
+    return Chart("Losses", line_chart(lines, x_label="epoch", y_label="loss, nats"))
 
 
 def _validation(run: FinetuneRun) -> Chart:

@@ -137,6 +137,7 @@ class LabelImages:
         import torch
 
         from for_ray.model.pseudo_labels import label_images
+        from for_ray.model.slot_model import as_tokens
 
         run = self._job.run
         with torch.inference_mode():
@@ -148,9 +149,11 @@ class LabelImages:
                 threshold=run.threshold,
                 most=run.num_labels,
             )
-            tokens = torch.cat([features.prefix, features.cells], dim=1).flatten(1).half()  # [B, T · C]
-            is_finite = tokens.isfinite().all(dim=1) & encoded.vectors.isfinite().flatten(1).all(dim=1)
-            kept = tokens if run.has_features else tokens[:, :0]
+            is_finite = encoded.vectors.isfinite().flatten(1).all(dim=1)
+            kept = encoded.vectors.new_empty((len(pixels), 0), dtype=torch.float16)
+            if run.has_features:
+                kept = as_tokens(features).flatten(1).half()  # [B, T · C]
+                is_finite &= kept.isfinite().all(dim=1)  # beyond 65,504 float16 is infinite
         return found.labels.int(), found.probabilities, kept, is_finite
 
 

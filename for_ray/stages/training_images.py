@@ -89,14 +89,12 @@ class ReadBatch(NamedTuple):
     tokens: The features, the prefix before the cells [B, T, C], float16; None where pixels were read.
     pixels: [B, 3, S, S] uint8, black where an image is unreadable; None where there are features.
     pseudo: Pseudo-labels [B, T], int64, the most probable first, -1 behind the last.
-    probabilities: Theirs [B, T], float32, 0 behind the last.
     is_readable: bool [B].
     """
 
     tokens: Tensor | None
     pixels: Tensor | None
     pseudo: Tensor
-    probabilities: Tensor
     is_readable: Tensor
 
 
@@ -121,9 +119,7 @@ class BatchReader:
         is_pinned: bool = False,
     ) -> None:
         self._images, self._config, self._is_pinned = images, config, is_pinned
-        self._columns = (["features"] if images.has_features else []) + (
-            ["labels", "probabilities"] if with_pseudo else []
-        )
+        self._columns = (["features"] if images.has_features else []) + (["labels"] if with_pseudo else [])
         self._table = (
             require_table(str(images.table_uri), version=images.table_version) if self._columns else None
         )
@@ -139,13 +135,13 @@ class BatchReader:
         import torch
 
         taken = self._take(rows)
-        pseudo, probabilities = _pseudo_labels(taken, len(rows))
+        pseudo = _pseudo_labels(taken, len(rows))
         tokens = torch.from_numpy(self._features(taken)) if self._images.has_features else None
         pixels, is_readable = None, np.ones(len(rows), bool)
         if tokens is None:
             found, is_readable = self._pixels(rows)
             pixels = torch.from_numpy(found)
-        batch = ReadBatch(tokens, pixels, *map(torch.from_numpy, (pseudo, probabilities, is_readable)))
+        batch = ReadBatch(tokens, pixels, *map(torch.from_numpy, (pseudo, is_readable)))
         if not self._is_pinned:
             return batch
         return ReadBatch(*(part if part is None else part.pin_memory() for part in batch))  # type: ignore[arg-type]
@@ -201,16 +197,10 @@ class BatchReader:
             return None
 
 
-def _pseudo_labels(taken: pa.Table | None, num_rows: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+def _pseudo_labels(taken: pa.Table | None, num_rows: int) -> NDArray[np.int64]:
     if taken is None or "labels" not in taken.column_names:
-        return np.full((num_rows, 1), -1), np.zeros((num_rows, 1), np.float32)
-    lists = ragged_of(taken["labels"])
-    labels = pad(lists)
-    probabilities = np.zeros(labels.shape, np.float32)
-    probabilities[labels >= 0] = (
-        taken["probabilities"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
-    )
-    return labels, probabilities
+        return np.full((num_rows, 1), -1)
+    return pad(ragged_of(taken["labels"]))
 
 
 def ragged_of(column: pa.ChunkedArray) -> Ragged:

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+MOST_NAMES = 1000
+"""Names of pseudo-labels that held-out images are measured by, the most frequent: [V, B] scores are held."""
+
+
 class Measures:
     """Measures the weights as they are.
 
@@ -57,8 +61,7 @@ class Measures:
             images = job.held_out.select(labelled)
             measured["held_out_base"] = _mean(self._precisions(images, images.labels, self._texts["sup"]))
         if "pse" in self._texts and job.held_out_pseudo is not None:
-            names, found = np.unique(job.held_out_pseudo.values, return_inverse=True)
-            pseudo = Ragged(job.held_out_pseudo.offsets, found.astype(np.int32))
+            names, pseudo = most_frequent(job.held_out_pseudo, MOST_NAMES)
             text = self._texts["pse"][names.tolist()]
             measured["held_out_pseudo"] = _mean(self._precisions(job.held_out, pseudo, text))
         return measured
@@ -68,6 +71,21 @@ class Measures:
         relevant = np.zeros((len(text), len(images)), bool)
         relevant[labels.values, np.repeat(np.arange(len(images)), np.diff(labels.offsets))] = True
         return average_precisions_at_k(self._score(images, text), relevant, DEPTH)
+
+
+def most_frequent(lists: Ragged, most: int) -> tuple[NDArray[np.int64], Ragged]:
+    """The values that come most often, ascending, and the lists of their places among these.
+
+    Args:
+        lists: Of values.
+        most: How many are kept; the others are left out of the lists.
+    """
+    values, counts = np.unique(lists.values, return_counts=True)
+    kept = np.sort(values[np.lexsort((values, -counts))[:most]])
+    is_kept = np.isin(lists.values, kept)
+    offsets = np.concatenate([[0], np.cumsum(is_kept)])[lists.offsets]
+    places = np.searchsorted(kept, lists.values[is_kept])
+    return kept.astype(np.int64), Ragged(offsets.astype(np.int64), places.astype(np.int32))
 
 
 def _mean(precisions: NDArray[np.float64]) -> float | None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from for_ray.config import FinetuneSettings, read_settings
+from for_ray.config import FinetuneSettings, LabelSettings, read_settings
 from for_ray.errors import ConfigError
 
 NEEDED = ["--dataset", "picturebook:d", "--output", "o", "--labels", "l"]
@@ -37,6 +37,15 @@ def test_presets_are_table_8(preset, gamma_pse, null_weight, image_size):
     assert settings.image_size == image_size
     assert (settings.head, settings.losses, settings.freeze) == ("sum", "sup,pse", None)
     assert (settings.select, settings.held_out, settings.objective) == ("last", 0, "set")
+
+
+@pytest.mark.parametrize("preset", ["coco", "lvis", "nuimages", "paper"])
+def test_a_preset_labels_and_trains_at_one_image_size(preset):
+    """Features of one size cannot be trained on at another."""
+    needed = ["--dataset", "picturebook:d", "--output", "o", "--preset", preset]
+    labels = read_settings(LabelSettings, needed)
+    assert (labels.head, labels.num_slots, labels.threshold, labels.num_labels) == ("cluster", 50, 5e-4, 50)
+    assert labels.image_size == read_settings(FinetuneSettings, [*NEEDED, "--preset", preset]).image_size
 
 
 def test_flags_and_file_win_over_the_preset(monkeypatch, tmp_path: Path):

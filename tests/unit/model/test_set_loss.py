@@ -97,15 +97,6 @@ def test_more_labels_than_slots_are_counted() -> None:
     assert (int(sums.num_matched), int(sums.num_dropped), float(sums.weight)) == (2, 2, 2)
 
 
-def test_weights_are_of_the_labels() -> None:
-    vectors, text, labels = unit(1, 2, 8), unit(5, 8, seed=1), torch.tensor([[3, 1]])
-    loss = SetLoss(text, logit_scale=SCALE, null_weight=0)
-    parts = [loss(vectors, labels, weights=torch.tensor([w])).loss for w in ([1.0, 0.0], [0.0, 1.0])]
-    mixed = loss(vectors, labels, weights=torch.tensor([[2.0, 0.5]]))
-    assert float(mixed.loss) == pytest.approx(float(2 * parts[0] + 0.5 * parts[1]), rel=1e-5)
-    assert float(mixed.weight) == 2.5
-
-
 def test_only_candidates_take_part() -> None:
     vectors, text, labels = unit(2, 3, 8), unit(6, 8, seed=1), torch.tensor([[1], [4]])
     candidates = torch.zeros((2, 6), dtype=torch.bool)

@@ -185,6 +185,24 @@ def test_an_image_of_which_nothing_finite_comes_is_quarantined(tmp_path, bundle,
     assert (row["error"], row["labels"], row["probabilities"], row["features"]) == (NOT_FINITE, [], [], None)
 
 
+def test_what_is_too_large_for_features_is_labelled_all_the_same_without_them(
+    tmp_path, bundle, encoder, listed
+):
+    job = make_job(tmp_path, bundle, encoder, has_features=False)
+    actor = LabelImages(job, 1)
+    encode = actor._encoder.encode_with_features
+
+    def overflow(pixels: torch.Tensor) -> object:
+        encoded, features = encode(pixels)
+        features.cells[0, 0, 0] = 1e6
+        return encoded, features
+
+    actor._encoder.encode_with_features = overflow
+    row = actor(read_block(listed.slice(0, 1), job=job)).to_pylist()[0]
+    assert row["error"] is None
+    assert row["labels"]
+
+
 def test_large_rows_make_small_fragments(tmp_path, bundle, encoder):
     job = make_job(tmp_path, bundle, encoder, num_prefix=1, height=14, width=14, channels=4096)
     assert job.fragment_rows(10**6) == 83  # 128 MB of features
