@@ -30,6 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from for_ray.config import EvaluateSettings, FinetuneSettings, LabelSettings
+from for_ray.config.reading import read_preset
 from for_ray.datasets.captioned import training_names
 from for_ray.errors import ForRayError
 from for_ray.model.bundle import open_bundle
@@ -39,23 +40,11 @@ from for_ray.stages.progress import Progress
 if TYPE_CHECKING:
     from for_ray.stages.training_images import TrainingImages
 
-# What fits a head of 512 channels and a few thousand steps; the rest is the job's default, or the preset's.
-MINIATURE: dict[str, Any] = {
-    "slots": 25,
-    "feedforward": 512,
-    "lr": 5e-4,
-    "warmup_steps": 50,
-    "epochs": 5,
-    "lr_drop_epoch": 4,
-    "batch_size": 32,
-    "precision": "bfloat16",
-    "held_out": 0.0,
-}
-THRESHOLD = 0.2
-"""Of the pseudo-labels: 307 names and a logit scale near 40, where the paper has 21,843 and 100."""
+RECIPE = read_preset(FinetuneSettings, "picturebook") | {"precision": "bfloat16"}
+LABELLING = read_preset(LabelSettings, "picturebook")
 
 VAL_SEED = 1
-"""Of the val images: others than those that the recipe was looked for with."""
+"""Of the val images: the recipe was looked for with others (seed 0) of the same categories."""
 
 
 FOR = "FOR"
@@ -84,10 +73,11 @@ def rows() -> list[Row]:
         Row("Methods", "FOR, pseudo-labels only", {"losses": "pse"}, is_main=True),
         Row("Methods", "FOR, pseudo-labels only, no novel names", {"losses": "pse"}, "labels-no-novel", True),
         Row("Methods", "FOR, no novel names", {}, "labels-no-novel"),
-        Row("The paper's recipe", "FT-CLIP, paper's loss", paper | {"head": "clip"}),
-        Row("The paper's recipe", "FT-Dense-CLIP, paper's loss", paper | {"head": "dense"}),
-        Row("The paper's recipe", "FOR, supervised only, paper's recipe", paper | {"losses": "sup"}),
-        Row("The paper's recipe", "FOR, paper's recipe", paper, is_main=True),
+        Row("The paper's losses", "FOR, set losses", paper, is_main=True),
+        Row("The paper's losses", "FOR, set losses, supervised only", paper | {"losses": "sup"}),
+        Row("The paper's losses", "FOR, set losses, pseudo-labels only", paper | {"losses": "pse"}),
+        Row("The paper's losses", "FT-CLIP, set losses", paper | {"head": "clip"}),
+        Row("The paper's losses", "FT-Dense-CLIP, set losses", paper | {"head": "dense"}),
         *(Row("Slots", f"{n} slots", {"slots": n}) for n in (5, 10, 50)),
         *(Row("Decoder layers", f"{n} layers", {"layers": n}) for n in (0, 1, 3)),
         Row("Freezing", "q, k trained", {"freeze": "vo"}),
@@ -115,7 +105,7 @@ class Task:
 
     def settings(self) -> FinetuneSettings:
         """Those of `jobs/finetune.py`."""
-        values = MINIATURE | self.row.settings
+        values = RECIPE | self.row.settings
         name = "".join(letter if letter.isalnum() else "-" for letter in self.key)
         return FinetuneSettings(
             dataset=f"picturebook:{self.out / 'train'}",
@@ -179,9 +169,9 @@ def label(options: argparse.Namespace) -> None:
             dataset=f"picturebook:{options.out / split}",
             encoder=options.encoder,
             vocabulary=str(names),
-            threshold=THRESHOLD,
             exclude_novel=without_novel,
             output=str(options.out / name),
+            **LABELLING,
         )
         print(run_label(settings, progress=Progress()).model_dump_json(), file=sys.stderr)
 
@@ -198,7 +188,7 @@ def measure_untrained(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     evaluation = run_evaluate(settings, progress=Progress())
     for name, method in zip(heads.values(), evaluation.methods, strict=True):
         yield {"key": f"Methods | {name} | 0", "map50": method.map50.model_dump()}
-    yield {"key": "Methods | Windows (FOR's teacher) | 0", "map50": measure_teacher(options)}
+    yield {"key": "Methods | Windows (the soft pseudo-labels) | 0", "map50": measure_teacher(options)}
 
 
 def measure_teacher(options: argparse.Namespace) -> dict[str, Any]:
@@ -270,21 +260,16 @@ def measure_labels(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 def run_all(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Every row and seed that has no result yet, two at a time; all results."""
-    of_run = [
-        options.train,
-        options.val,
-        options.encoder,
-        open_bundle(options.encoder).fingerprint,
-        MINIATURE,
-    ]
-    run_id = hashlib.sha256(json.dumps(of_run).encode()).hexdigest()[:8]
-    path = options.out / f"results-{run_id}.jsonl"
-    results = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    done = {result["key"] for result in results}
     wanted = [row for row in rows() if not options.only or row.name in options.only]
     tasks = [
         Task(row, seed, options.out) for row in wanted for seed in range(options.seeds if row.is_main else 1)
     ]
+    fixed = [options.train, options.val, VAL_SEED, LABELLING, open_bundle(options.encoder).fingerprint]
+    every = [Task(row, 0, Path()).settings().model_dump(mode="json") for row in rows()]
+    run_id = hashlib.sha256(json.dumps([fixed, every]).encode()).hexdigest()[:8]
+    path = options.out / f"results-{run_id}.jsonl"
+    results = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    done = {result["key"] for result in results}
     with path.open("a", encoding="utf-8") as file:
 
         def keep(result: dict[str, Any]) -> None:
@@ -296,9 +281,10 @@ def run_all(options: argparse.Namespace) -> list[dict[str, Any]]:
                 file=sys.stderr,
             )
 
-        if "Methods | CLIP | 0" not in done:
-            for result in [*measure_labels(options), *measure_untrained(options)]:
-                keep(result)
+        if "Methods | Windows (the soft pseudo-labels) | 0" not in done:  # the last of these
+            for result in (*measure_labels(options), *measure_untrained(options)):
+                if result["key"] not in done:
+                    keep(result)
         context = multiprocessing.get_context("spawn")
         with context.Pool(len(os.sched_getaffinity(0)), maxtasksperchild=1) as pool:
             for result in pool.imap_unordered(train, [task for task in tasks if task.key not in done]):
@@ -375,7 +361,7 @@ def main() -> int:
         draw(options.out, "val", options.val)
         label(options)
         results = run_all(options)
-    except ForRayError as error:
+    except (ForRayError, subprocess.CalledProcessError) as error:
         print(f"paper: {error}", file=sys.stderr)
         return 2
     text = "\n".join(tables(results))

@@ -84,7 +84,12 @@ def prepare(folder: Path, options: argparse.Namespace) -> FinetuneJob:
     (folder / "names.txt").write_text("".join(f"{name}\n" for name in training_names()), encoding="utf-8")
     wanted = {"vocabulary": str(folder / "names.txt"), "threshold": THRESHOLD, "encoder": options.encoder}
     run_label(LabelSettings(dataset=dataset, output=labels, **wanted), progress=Progress(is_quiet=True))
-    shape = {"slots": options.slots, "batch_size": options.batch, "held_out": 0.0}
+    shape = {
+        "slots": options.slots,
+        "batch_size": options.batch,
+        "held_out": 0.0,
+        "objective": "set",  # the paper's, which matches
+    }
     return make_job(FinetuneSettings(dataset=dataset, labels=labels, output=str(folder / "out"), **shape))
 
 

@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from for_ray.config.reading import Settings
+from for_ray.config.reading import Preset, Settings
 
 Losses = Literal["sup,pse", "sup", "pse"]
 TrainedHead = Literal["sum", "clip", "dense"]
@@ -48,14 +48,16 @@ class FinetuneSettings(Settings):
         "kept them, so that the backbone need not run again",
     )
     output: str = Field(min_length=1, description="a folder or s3://bucket/prefix for checkpoints and bundle")
-    preset: Literal["coco", "lvis", "nuimages", "paper"] | None = Field(
-        None, description="the paper's settings for a data set (Table 8); `paper`: its recipe for any"
+    preset: Preset | None = Field(
+        None,
+        description="the paper's settings for a data set (Table 8); `paper`: its recipe for any; "
+        "`picturebook`: what suits the tiny bundled encoder",
     )
-    losses: Losses = Field("sup,pse", description="on the labels (sup), on the pseudo-labels (pse), or both")
+    losses: Losses = Field("sup,pse", description="on the labels (sup), on pseudo-labels (pse), or both")
     objective: Objective = Field(
         "rank",
-        description="rank: a softmax over the images of a batch, for each name, taught by windows of the "
-        "frozen feature map and corrected by labels; set: the paper's, over the names, for each slot",
+        description="rank: a softmax over the images of a batch, for each name, with soft pseudo-labels, "
+        "from windows of the frozen feature map; set: the paper's, over the names, for each slot",
     )
     labelled_fraction: float = Field(
         1.0,
@@ -80,13 +82,18 @@ class FinetuneSettings(Settings):
     )
     epochs: int = Field(25, ge=1, le=10_000, description="passes over the images")
     lr: float = Field(1e-5, gt=0, le=1, description="learning rate of Adam")
+    lr_schedule: Literal["cosine", "step"] = Field(
+        "cosine", description="the learning rate falls along half a cosine, or once"
+    )
     lr_drop_epoch: int | None = Field(
-        15, ge=1, description="after this many epochs the learning rate is a tenth"
+        15, ge=1, description="lr_schedule step: after this many epochs the learning rate is a tenth"
     )
     warmup_steps: int = Field(0, ge=0, description="steps in which the learning rate rises to its value")
     batch_size: int = Field(64, ge=1, le=65536, description="images of a step, over all workers")
     weight_decay: float = Field(1e-4, ge=0, le=1, description="of Adam")
-    gamma_sup: float = Field(1.0, ge=0, le=1e4, description="weight of the loss on labels")
+    gamma_sup: float | None = Field(
+        None, ge=0, le=1e4, description="weight of the loss on labels; default: 0.1, with objective set 1"
+    )
     gamma_pse: float = Field(1.0, ge=0, le=1e4, description="weight of the loss on pseudo-labels")
     null_weight: float = Field(
         0.1, ge=0, le=1, description="objective set: weight of a slot without a label; 0: no ∅ at all"

@@ -8,15 +8,16 @@ from typing import Literal
 from pydantic import Field, model_validator
 from pydantic_settings import CliDualFlag
 
-from for_ray.config.reading import Settings
+from for_ray.config.reading import Preset, Settings
 
 
 class LabelSettings(Settings):
     """Label the images of a data set with the names of a large vocabulary, and keep the backbone's features.
 
-    Settings come from flags over FOR_RAY_… variables over the --config file over the defaults. Exit code 0:
-    done, or nothing to do; 2: the settings, the data or the store are at fault and nothing was written;
-    1: a stage failed in the middle (run again: what was committed is not labelled again); 130: interrupted.
+    Settings come from flags over FOR_RAY_… variables over the --config file over the --preset over the
+    defaults. Exit code 0: done, or nothing to do; 2: the settings, the data or the store are at fault and
+    nothing was written; 1: a stage failed in the middle (run again: what was committed is not labelled
+    again); 130: interrupted.
     """
 
     dataset: str = Field(
@@ -33,7 +34,7 @@ class LabelSettings(Settings):
         min_length=1,
         description='a JSON file {"base": […], "novel": […]}; default: the data set\'s own',
     )
-    preset: Literal["coco", "lvis", "nuimages", "paper"] | None = Field(
+    preset: Preset | None = Field(
         None, description="the paper's settings for a data set (Table 8); give jobs/finetune.py the same"
     )
     encoder: str = Field("picturebook", min_length=1, description="a bundle, or open_clip:MODEL@PRETRAINED")

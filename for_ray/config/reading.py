@@ -10,7 +10,7 @@ import re
 import tomllib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, Literal, NoReturn, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_settings import BaseSettings, CliSettingsSource, EnvSettingsSource
@@ -27,6 +27,9 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+
+Preset = Literal["coco", "lvis", "nuimages", "paper", "picturebook"]
+"""Of `presets/`: a table for each job."""
 
 SettingsT = TypeVar("SettingsT", bound=Settings)
 

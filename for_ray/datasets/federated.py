@@ -16,26 +16,32 @@ LEAST_NEGATIVES = 50
 
 
 class FederatedCandidates:
-    """Draws the categories that take part in the softmax of an image.
+    """Which categories take part in the softmax of an image.
 
     Args:
         labels: Categories that each image shows, of all B images: their frequency is counted here.
         negatives: Categories that are annotated as absent from each image.
         num_categories: V, the categories of the loss; greater indices in the lists are passed over.
         least: Negatives of an image at least, annotated and drawn; all that there are where V has no more.
+            `LEAST_NEGATIVES` where None.
     """
 
     def __init__(
-        self, labels: Ragged, negatives: Ragged, num_categories: int, *, least: int = LEAST_NEGATIVES
+        self, labels: Ragged, negatives: Ragged, num_categories: int, *, least: int | None = None
     ) -> None:
         self._labels, self._negatives = labels, negatives
-        self._num_categories, self._least = num_categories, least
+        self._num_categories = num_categories
+        self._least = LEAST_NEGATIVES if least is None else least
         frequency = np.bincount(labels.values, minlength=num_categories)[:num_categories]
         with np.errstate(divide="ignore"):
             self._log_weights = 0.5 * np.log(frequency)  # a category without images is never drawn
 
+    def annotated(self, rows: NDArray[np.integer]) -> NDArray[np.bool_]:
+        """Of which categories somebody looked whether these images show them, bool [len(rows), V]."""
+        return self._marked(self._labels, rows) | self._marked(self._negatives, rows)
+
     def draw(self, rows: NDArray[np.integer], *, seed: tuple[int, ...]) -> NDArray[np.bool_]:
-        """The candidates of these images, bool [len(rows), V]; the same seed draws the same.
+        """The annotated categories and drawn ones, bool [len(rows), V]; the same seed draws the same.
 
         Args:
             rows: Indices of the images of one batch.

@@ -49,6 +49,7 @@ class AdamSettings:
     Attributes:
         lr: Learning rate.
         lr_drop_epoch: After this many epochs it is a tenth; None: never.
+        num_steps: Steps over which it falls to 0 along half a cosine; None: it does not.
         warmup_steps: Steps in which it rises linearly to its value.
         weight_decay: Of Adam, added to the gradient.
     """
@@ -57,10 +58,13 @@ class AdamSettings:
     lr_drop_epoch: int | None = 15
     warmup_steps: int = 0
     weight_decay: float = 1e-4
+    num_steps: int | None = None
 
     def lr_at(self, epoch: int, step: int) -> float:
         """The learning rate of a step; both count from 0, steps from the start of the run."""
         rate = self.lr if self.lr_drop_epoch is None or epoch < self.lr_drop_epoch else self.lr * LR_DROP
+        if self.num_steps is not None:
+            rate *= 0.5 * (1 + math.cos(math.pi * min(1.0, step / self.num_steps)))
         return rate * min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else rate
 
 
@@ -141,11 +145,8 @@ class Finetuner:
         if not any(each.weight for each in means.values()):
             return means  # Adam would move the weights by its decay alone
         # DDP averages the gradients of the workers; their sum is wanted.
-        weights = {name: total.weight for name, total in totals.items()}
-        if self._losses.objective == "rank":
-            weights = dict.fromkeys(weights, sum(weights.values()))
         parts = [
-            self._losses.gamma(name) / max(weights[name], TINY) * sums.loss
+            self._losses.gamma(name) / max(totals[name].weight, TINY) * sums.loss
             for name, sums in outcome.sums.items()
         ]
         loss = num_workers() * torch.stack(parts).sum()

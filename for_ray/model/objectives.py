@@ -20,7 +20,8 @@ from for_ray.model.set_loss import LossSums, SetLoss
 from for_ray.model.slot_model import SlotModel
 
 LossName = Literal["sup", "pse"]
-"""On the labels of base categories, or on pseudo-labels."""
+"""On the labels of base categories, or on pseudo-labels: what the encoder itself believes of a vocabulary.
+The ranking loss takes these from its teacher, as probabilities."""
 
 ObjectiveName = Literal["set", "rank"]
 """What a softmax is over: the names, for each slot (set), or the images, for each name (rank)."""
@@ -133,14 +134,15 @@ class Objective(nn.Module):
 class RankObjective(nn.Module):
     """The head that is trained, and the ranking loss on what it says.
 
-    A name counts as much as any other: both parts are divided by the number of names in both. A name that
-    is a base category and in the vocabulary, too, is learnt once.
+    L_sup is the mean over the base categories that a labelled image of the batch shows, L_pse over all other
+    names; a name that is a base category and in the vocabulary, too, is learnt once.
 
     Args:
         slots: The head and its pooling layer, before these are trained.
         texts: Unit vectors of the base categories (`sup`) and of the vocabulary (`pse`) [V, D].
         settings: Which losses; without `pse` there is no teacher.
         logit_scale: CLIP's.
+        with_positions: See `WindowTeacher`.
     """
 
     base: Tensor
@@ -153,6 +155,7 @@ class RankObjective(nn.Module):
         settings: LossSettings,
         *,
         logit_scale: float,
+        with_positions: bool = False,
     ) -> None:
         super().__init__()
         self.slots, self._logit_scale = slots, logit_scale
@@ -164,7 +167,9 @@ class RankObjective(nn.Module):
         self.register_buffer("base", base, persistent=False)
         self.register_buffer("others", others, persistent=False)
         self._names = settings.losses
-        self.teacher = WindowTeacher(slots.pooling) if "pse" in settings.losses else None
+        self.teacher = None
+        if "pse" in settings.losses:
+            self.teacher = WindowTeacher(slots.pooling, with_positions=with_positions)
 
     def forward(self, features: Features, labels: Mapping[LossName, LossLabels]) -> Outcome:
         """The loss over the global batch, as far as this worker's images have a part in it."""

@@ -9,7 +9,6 @@ itself, by windows of its feature map; and labels correct the teacher where ther
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -32,19 +31,21 @@ class WindowTeacher(nn.Module):
 
     Args:
         pooling: The tower's, before it is tuned; copied.
+        with_positions: Cells keep their positions, as the encoder's dense head has it.
     """
 
-    def __init__(self, pooling: Pooling) -> None:
+    def __init__(self, pooling: Pooling, *, with_positions: bool = False) -> None:
         super().__init__()
         self._pooling = copy.deepcopy(pooling).requires_grad_(False)
+        self._with_positions = with_positions
 
     @torch.no_grad()
     def forward(self, features: Features, text: Tensor) -> Tensor:
         """Cosines [B, V] between images and names, unit vectors [V, D]: the mean over the windows' sizes."""
-        with torch.autocast(features.cells.device.type, enabled=False):
-            floats = replace(features, cells=features.cells.float(), prefix=features.prefix.float())
-            cells = self._pooling.project_cells(floats).transpose(1, 2)  # -> [B, D, K]
-            maps = cells.reshape(*cells.shape[:2], features.height, features.width)
+        cells = self._pooling.project_cells(features, with_positions=self._with_positions)
+        with torch.autocast(cells.device.type, enabled=False):
+            maps = cells.float().transpose(1, 2)  # [B, K, D] -> [B, D, K]
+            maps = maps.reshape(*maps.shape[:2], features.height, features.width)
             best = [self._best(maps, text.float(), share) for share in WINDOWS]
         return torch.stack(best).mean(dim=0)
 

@@ -47,6 +47,8 @@ if TYPE_CHECKING:
 
 DEFAULT_ENCODER = "picturebook"
 
+RANK_GAMMA_SUP = 0.1
+
 UNDECISIVE = {
     *("dataset", "split", "encoder", "labels", "val", "val_split", "val_labels"),  # their content is hashed
     *("output", "preset", "workers", "device", "read_threads", "max_bad_fraction", "name", "config", "json_"),
@@ -100,6 +102,7 @@ class _Run:
         self.layout = FinetuneLayout(canonical_uri(settings.output))
         self.labels = open_labels(canonical_uri(settings.labels)) if settings.labels else None
         self.bundle = _open_encoder(settings, self.labels)
+        self.freeze = _choose_freeze(settings, is_resnet=catalog.is_resnet(self.bundle.model_config))
         with progress.stage("read") as update:
             self.dataset = open_dataset(settings.dataset, split=settings.split)
             update(len(self.dataset))
@@ -240,15 +243,21 @@ class _Run:
         from for_ray.stages.training_job import FinetuneJob
 
         settings = self.settings
+        is_cosine = settings.lr_schedule == "cosine"
+        num_batches = _num_batches(settings, self.parts)
         losses: tuple[LossName, ...] = ("sup",) * settings.has_sup + ("pse",) * settings.has_pse  # type: ignore[assignment]
         return FinetuneJob(
             bundle_uri=self.layout.start_uri,
-            freeze=settings.freeze or self._default_freeze(),
+            freeze=self.freeze,
             losses=LossSettings(
-                losses, settings.gamma_sup, settings.gamma_pse, settings.null_weight, settings.objective
+                losses, self._gamma_sup, settings.gamma_pse, settings.null_weight, settings.objective
             ),
             adam=AdamSettings(
-                settings.lr, settings.lr_drop_epoch, settings.warmup_steps, settings.weight_decay
+                lr=settings.lr,
+                lr_drop_epoch=None if is_cosine else settings.lr_drop_epoch,
+                warmup_steps=settings.warmup_steps,
+                weight_decay=settings.weight_decay,
+                num_steps=settings.epochs * num_batches if is_cosine else None,
             ),
             dropout=settings.dropout,
             epochs=settings.epochs,
@@ -268,12 +277,11 @@ class _Run:
             max_bad_fraction=settings.max_bad_fraction,
         )
 
-    def _default_freeze(self) -> Freeze:
-        """The paper's, and for the ranking loss what can be tuned of the pooling layer: it learns more."""
-        if self.settings.head != "sum":
-            return "none"
-        is_tuned = self.settings.objective == "rank" and catalog.is_resnet(self.bundle.model_config)
-        return "none" if is_tuned else "qkvo"
+    @property
+    def _gamma_sup(self) -> float:
+        """In the ranking loss a larger weight gains on base categories, and loses on novel ones."""
+        default = RANK_GAMMA_SUP if self.settings.objective == "rank" else 1.0
+        return default if self.settings.gamma_sup is None else self.settings.gamma_sup
 
     def _write(self, run: FinetuneRun) -> None:
         write_bytes(self.layout.run_uri, run.model_dump_json(indent=1).encode())
@@ -303,6 +311,22 @@ def _open_encoder(settings: FinetuneSettings, labels: LabelTable | None) -> Bund
     return untrained_bundle(settings.encoder or own, head, image_size=settings.image_size)
 
 
+def _choose_freeze(settings: FinetuneSettings, *, is_resnet: bool) -> Freeze:
+    """What was asked for; else the paper's, and with the ranking loss nothing: the tuned pooling learns more.
+
+    Raises:
+        ConfigError: The tower's pooling layer cannot be tuned.
+    """
+    is_tuned = settings.head != "sum" or (settings.objective == "rank" and is_resnet)
+    freeze = settings.freeze or ("none" if is_tuned else "qkvo")
+    if freeze != "qkvo" and not is_resnet:
+        way_out = "take freeze qkvo" if settings.head == "sum" else "take head sum"
+        raise ConfigError(
+            f"only the pooling layer of CLIP's ResNets can be tuned (freeze {freeze}): {way_out}"
+        )
+    return freeze
+
+
 def _base_categories(dataset: LabelledImages) -> tuple[str, ...]:
     num_base = int((~dataset.is_novel).sum())
     if not num_base or dataset.is_novel[:num_base].any():
@@ -312,17 +336,26 @@ def _base_categories(dataset: LabelledImages) -> tuple[str, ...]:
 
 def _check_parts(settings: FinetuneSettings, parts: Parts) -> None:
     """Refuse what leaves nothing to learn from."""
-    num_batches = max(1, -(-len(parts.train) // settings.batch_size))
+    num_batches = _num_batches(settings, parts)
     if len(parts.train) // num_batches < settings.workers:  # batches differ by one image at most
         raise DataError(
             f"{len(parts.train)} images make batches of {len(parts.train) // num_batches}, which do not go "
             f"round {settings.workers} workers: take fewer --workers, or another --batch-size"
+        )
+    if settings.objective == "rank" and len(parts.train) // num_batches < 2:
+        raise DataError(
+            "the ranking loss compares the images of a batch, and there is a batch of one: take a larger "
+            "--batch-size, or --objective set"
         )
     if settings.has_sup and not parts.train.labels.values.size:
         raise DataError(
             f"none of the {int(parts.train.is_labelled.sum()):,} labelled images shows a base category: "
             "take --losses pse, or another --labelled-fraction or --split"
         )
+
+
+def _num_batches(settings: FinetuneSettings, parts: Parts) -> int:
+    return max(1, -(-len(parts.train) // settings.batch_size))
 
 
 def _choose_workers(settings: FinetuneSettings, cluster: Cluster) -> Workers:

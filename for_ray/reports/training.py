@@ -9,6 +9,7 @@ from for_ray.reports.page import Chart, Facts, Section, Table, render_page
 from for_ray.schema import EpochMetrics, FinetuneRun
 
 LOSS_NAMES = {"sup": "labels", "pse": "pseudo-labels"}
+"""The ranking loss's pseudo-labels are soft: how likely the teacher holds an image to show a name."""
 
 GROUPS = ("base", "novel", "all")
 

@@ -81,8 +81,7 @@ class TrainingRun:
         self._texts = {name: self._text(name, encoder) for name in job.losses.losses}
         val_text = _embed(encoder, job.val_categories) if job.val is not None else None
         self._measures = Measures(job, self._texts, val_text, self.score)
-        kind = RankObjective if job.losses.objective == "rank" else Objective
-        objective = kind(self.slots, self._texts, job.losses, logit_scale=encoder.logit_scale).to(self.device)
+        objective = self._make_objective(encoder.logit_scale).to(self.device)
         self._num_others = len(objective.others) if isinstance(objective, RankObjective) else 0
         self.finetuner = Finetuner(objective, job.losses, job.adam, dtype=self._dtype)
         self._candidates = _federated(job)
@@ -90,6 +89,15 @@ class TrainingRun:
         self._encoder = None if all(images.has_features for images in sets) else encoder
         self.history: list[EpochMetrics] = []
         self._best: Best | None = None
+
+    def _make_objective(self, logit_scale: float) -> Objective | RankObjective:
+        losses = self.job.losses
+        if losses.objective == "set":
+            return Objective(self.slots, self._texts, losses, logit_scale=logit_scale)
+        with_positions = self.bundle.config.dense_positions
+        return RankObjective(
+            self.slots, self._texts, losses, logit_scale=logit_scale, with_positions=with_positions
+        )
 
     @property
     def is_done(self) -> bool:
@@ -193,8 +201,11 @@ class TrainingRun:
         if "sup" in self.job.losses.losses:
             candidates = None
             if self._candidates is not None:
-                drawn = self._candidates.draw(rows, seed=(self.job.seed, epoch, index))
-                candidates = torch.from_numpy(drawn[self._rank :: self._world])
+                if self.job.losses.objective == "rank":  # what nobody looked for is not absent
+                    found = self._candidates.annotated(rows)
+                else:
+                    found = self._candidates.draw(rows, seed=(self.job.seed, epoch, index))
+                candidates = torch.from_numpy(found[self._rank :: self._world])
             known = torch.from_numpy(train.is_labelled[mine]) & batch.is_readable
             padded = torch.from_numpy(pad(train.labels.select(mine)))
             labels["sup"] = LossLabels(padded, known, candidates=candidates, most_rows=most_rows)

@@ -10,7 +10,7 @@ from for_ray.config import FinetuneSettings
 from for_ray.datasets.sampling import pick_share
 from for_ray.errors import ConfigError, DataError
 from for_ray.model.bundle import open_bundle
-from for_ray.pipeline.finetune import _Run, make_job, run_finetune
+from for_ray.pipeline.finetune import _choose_freeze, _Run, make_job, run_finetune
 from for_ray.stages.progress import Progress
 from for_ray.stages.training_run import train_here
 from tests.planted_labels import BASE, draw_dataset, write_labels
@@ -95,6 +95,7 @@ def test_labels_alone_need_no_table_and_clip_is_tuned_whole(given):
             DataError,
             "18 images make batches of 4, which do not go round 5 workers",
         ),
+        ({"batch_size": 1}, DataError, "there is a batch of one: take a larger --batch-size, or --objective"),
         ({"dataset": "flickr:x"}, ConfigError, "no such data set: 'flickr:x'"),
         ({"split": "/nowhere.json"}, ConfigError, "/nowhere.json"),
     ],
@@ -105,6 +106,27 @@ def test_what_cannot_be_is_refused_and_nothing_is_written(given, changes, error,
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
     assert not Path(str(given["output"])).exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "is_resnet", "freeze"),
+    [
+        ({}, True, "none"),
+        ({}, False, "qkvo"),
+        ({"objective": "set"}, True, "qkvo"),
+        ({"freeze": "vo"}, True, "vo"),
+        ({"head": "clip", "objective": "set"}, True, "none"),
+        ({"head": "clip"}, False, "take head sum"),
+        ({"freeze": "none"}, False, "take freeze qkvo"),
+    ],
+)
+def test_what_is_frozen_goes_with_head_objective_and_tower(given, is_resnet, freeze):
+    settings = FinetuneSettings(dataset="picturebook:d", output="o", losses="sup", **given)
+    if freeze.startswith("take"):
+        with pytest.raises(ConfigError, match=freeze):
+            _choose_freeze(settings, is_resnet=is_resnet)
+    else:
+        assert _choose_freeze(settings, is_resnet=is_resnet) == freeze
 
 
 def test_labels_that_teach_nothing_are_refused(given):

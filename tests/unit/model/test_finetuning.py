@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor, distributed, multiprocessing, nn
@@ -261,3 +263,9 @@ def test_two_workers_have_the_gradient_of_one(
         for name, value in finetuner.trained.items():
             scale = value.grad.abs().max().item()
             torch.testing.assert_close(gradients[name], value.grad, rtol=1e-3, atol=1e-4 * scale + 1e-7)
+
+
+def test_the_learning_rate_rises_and_falls_along_half_a_cosine():
+    adam = AdamSettings(lr=2.0, lr_drop_epoch=None, warmup_steps=2, num_steps=8)
+    rates = [adam.lr_at(0, step) for step in (0, 1, 2, 4, 8)]
+    assert rates == pytest.approx([1.0, 1 + math.cos(math.pi / 8), 1 + math.cos(math.pi / 4), 1.0, 0.0])

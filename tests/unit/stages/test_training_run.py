@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from for_ray.datasets import federated
 from for_ray.datasets.labelled import Ragged
 from for_ray.datasets.spec import open_dataset
 from for_ray.model.bundle import open_bundle
@@ -18,6 +19,7 @@ from for_ray.model.encoder import load_encoder
 from for_ray.model.finetuning import AdamSettings, HaltedError
 from for_ray.model.objectives import LossSettings
 from for_ray.model.trained_bundle import HeadSettings, untrained_bundle
+from for_ray.stages import training_run
 from for_ray.stages.training_data import find_images, open_labels, part_images
 from for_ray.stages.training_job import FinetuneJob
 from for_ray.stages.training_run import TrainingRun, train_here
@@ -79,6 +81,15 @@ def make_job(home: Path, tmp_path: Path) -> MakeJob:
 
 def weights(run: TrainingRun) -> dict[str, torch.Tensor]:
     return run.slots.trained_state()
+
+
+@pytest.mark.parametrize("losses", [("sup", "pse"), ("sup",), ("pse",)])
+def test_the_ranking_loss_is_learnt(make_job, losses):
+    settings = LossSettings(losses, objective="rank")
+    run = train_here(make_job(epochs=6, dropout=0.0, freeze="none", losses=settings), device="cpu")
+    first, last = (run.history[epoch].losses for epoch in (0, -1))
+    assert set(last) == set(losses)
+    assert 0 < sum(last.values()) < sum(first.values())
 
 
 def test_it_learns_and_measures(make_job):
@@ -149,9 +160,14 @@ def test_frozen_weights_are_bit_equal_after_training(make_job, tmp_path, head, f
     assert all(".attnpool." in name for name in rest)
 
 
-def test_stopping_after_each_epoch_and_going_on_changes_nothing(make_job, tmp_path):
-    """Dropout and the optimizer's moments included, bit for bit."""
-    job = make_job(select="best")
+@pytest.mark.parametrize(("objective", "freeze"), [("set", "qkvo"), ("rank", "none")])
+def test_stopping_after_each_epoch_and_going_on_changes_nothing(
+    make_job, tmp_path, monkeypatch, objective, freeze
+):
+    """Dropout, the optimizer's moments and the names that are drawn included, bit for bit."""
+    monkeypatch.setattr(training_run, "NAMES_A_STEP", 3)
+    losses = LossSettings(objective=objective)
+    job = make_job(select="best", losses=losses, freeze=freeze)
     whole = train_here(job, device="cpu")
     for _ in range(job.epochs):
         run = TrainingRun(job, device="cpu")
@@ -230,10 +246,38 @@ def test_images_without_labels_serve_the_pseudo_labels_alone(make_job):
         torch.testing.assert_close(value, weights(both)[name], rtol=1e-4, atol=1e-6)
 
 
-def test_annotated_negatives_bound_the_softmax(make_job):
-    """LVIS: with all base categories as candidates anyway, federated and plain losses are the same."""
-    job = make_job(val=None, held_out=None, epochs=1, dropout=0.0, losses=LossSettings(("sup",)))
-    plain = train_here(job, device="cpu").history[0].losses["sup"]
-    negatives = Ragged.of([[]] * len(job.train))
-    federated = dataclasses.replace(job, train=dataclasses.replace(job.train, negatives=negatives))
-    assert train_here(federated, device="cpu").history[0].losses["sup"] == pytest.approx(plain, rel=1e-6)
+def test_annotated_negatives_bound_the_softmax(make_job, monkeypatch):
+    """LVIS: where none is drawn, an image without annotated negatives has its labels as candidates."""
+    monkeypatch.setattr(federated, "LEAST_NEGATIVES", 0)
+    losses = LossSettings(("sup",), null_weight=0.0)
+    job = make_job(val=None, held_out=None, epochs=1, dropout=0.0, losses=losses)
+    one = Ragged.of([[0]] * len(job.train))
+    found = []
+    for negatives in ([], range(len(BASE))):
+        absent = Ragged.of([list(negatives)] * len(job.train))
+        train = dataclasses.replace(job.train, labels=one, negatives=absent)
+        run = train_here(dataclasses.replace(job, train=train), device="cpu")
+        found.append(run.history[0].losses["sup"])
+    plain = dataclasses.replace(job, train=dataclasses.replace(job.train, labels=one))
+    assert found[0] == pytest.approx(0.0, abs=1e-6)
+    assert found[1] == pytest.approx(train_here(plain, device="cpu").history[0].losses["sup"], rel=1e-6)
+    assert found[1] > 0.1
+
+
+def test_for_the_ranking_loss_only_annotated_categories_are_absent(make_job):
+    """An image in which nobody looked for a category takes no part in that category's order."""
+    losses = LossSettings(("sup",), objective="rank")
+    job = make_job(val=None, held_out=None, epochs=1, dropout=0.0, freeze="none", losses=losses)
+    found = {}
+    for name, negatives in {"nobody looked": [], "all absent": range(len(BASE))}.items():
+        absent = Ragged.of([list(negatives)] * len(job.train))
+        train = dataclasses.replace(job.train, negatives=absent)
+        run = TrainingRun(dataclasses.replace(job, train=train), device="cpu")
+        batch = run._reader(train).read(np.arange(8))
+        labels = run._labels(batch, np.arange(8), epoch=0, index=0)["sup"]
+        found[name] = labels.candidates
+    shown = np.zeros((8, len(BASE)), bool)
+    for row in range(8):
+        shown[row, job.train.labels.row(row)] = True
+    assert found["nobody looked"].numpy().tolist() == shown.tolist()
+    assert found["all absent"].all()
