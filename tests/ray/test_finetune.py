@@ -98,10 +98,16 @@ def record_of(settings: dict[str, object]) -> FinetuneRun:
 
 @pytest.mark.s3
 def test_two_workers_learn_what_one_learns_and_the_command_tells_it(given, tmp_path):
-    """In a bucket, on a cluster of its own. No dropout, which differs by worker; 7 and 6 images a batch."""
+    """The paper's losses, in a bucket, on a cluster of its own. No dropout, which differs by worker."""
     with seaweed() as server, environment(server):
         output = f"s3://{server.make_bucket()}/for"
-        changed = given | {"dropout": 0.0, "batch_size": 7, "name": "mine", "output": output}
+        changed = given | {
+            "dropout": 0.0,
+            "batch_size": 7,
+            "name": "mine",
+            "output": output,
+            "objective": "set",
+        }
         done = run_job(changed | {"workers": 2}, "--json", address="local")
         assert done.returncode == 0, done.stderr
         told = json.loads(done.stdout.splitlines()[-1])  # a raylet may have warned before
@@ -124,6 +130,7 @@ def test_two_workers_learn_what_one_learns_and_the_command_tells_it(given, tmp_p
 def test_a_killed_run_goes_on_from_its_last_epoch(given, ray_address, home, tmp_path):
     """Driver and workers die after some epochs; the next run trains the rest, and comes to the same end.
 
+    The ranking loss, which is the default.
     The encoder that comes out goes into an index.
     """
     changed = given | {"epochs": 15, "lr_drop_epoch": 10}
