@@ -330,15 +330,19 @@ def draw_figure(results: list[dict[str, Any]], path: Path) -> None:
         table, name, _ = result["key"].split(" | ")
         if table == "Methods":
             found.setdefault(name, []).append(result["map50"])
-    figure = Figure(figsize=(7.5, 5), layout="constrained")
+    figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.add_subplot()
-    for name, means in found.items():
+    for number, (name, means) in enumerate(found.items()):
         base, novel = (float(np.mean([each[group] for each in means])) for group in ("base", "novel"))
-        axes.plot(base, novel, "s" if "CLIP" in name and "FT" not in name else "o", markersize=8)
-        axes.annotate(name, (base, novel), xytext=(6, 4), textcoords="offset points", fontsize=8)
+        marker = (
+            "*" if name == FOR else "o" if name.startswith("FOR") else "^" if name.startswith("FT") else "s"
+        )
+        size = 14 if name == FOR else 8
+        axes.plot(base, novel, marker, color=f"C{number % 10}", markersize=size, label=name, clip_on=False)
     axes.set(xlabel="mAP@50, base categories", ylabel="mAP@50, novel categories")
-    axes.margins(0.15)
+    axes.margins(0.1)
     axes.grid(alpha=0.3)
+    figure.legend(loc="outside right upper", frameon=False, fontsize=9)
     figure.savefig(path, dpi=130)
 
 
