@@ -278,6 +278,7 @@ def write_coco(folder: Path) -> str:
     return f"coco:{folder}/annotations.json:{folder}/images"
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_where_it_was(
     run: Run, draw: Callable[..., None], tmp_path: Path, ray_address: str, encoder_name: str, names: Path
 ) -> None:

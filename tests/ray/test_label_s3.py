@@ -34,6 +34,7 @@ def rows_of(output: str) -> dict[str, dict[str, Any]]:
     return {row["uri"].rsplit("/", 1)[-1]: row for row in rows}
 
 
+@pytest.mark.slow
 @pytest.mark.s3
 def test_a_bucket_gives_what_a_folder_gives(tmp_path: Path) -> None:
     book = tmp_path / "book"
