@@ -5,6 +5,7 @@
     <index>/encoder-<fingerprint>/segments/      codec-<id>.faiss, segment-<id>.faiss
     <index>/snapshots.lance                      one row a published snapshot
     <index>/lease.json                           who writes now
+    <index>/reports/<start>-<run>.json, .html    what each run did: `RunReport`, and a page for people
     <index>/work/<run>/                          what a run hands to its workers; removed when it ends
 
     <labels>/labels.json                         how the labels were made: `LabelRun`
@@ -111,7 +112,14 @@ class _Record(BaseModel):
 
 
 class Segment(_Record):
-    """One immutable FAISS file: the vectors of the images with `first_image_id` <= id < `end_image_id`."""
+    """One immutable FAISS file: the vectors of the images with `first_image_id` <= id < `end_image_id`.
+
+    Attributes:
+        num_vectors: In the file.
+        num_dead: Of these, of images that the snapshot's table holds no more: searches pass them over.
+        imbalance: FAISS's imbalance factor of its lists: 1 where all are equally long, `nlist` where one
+            list holds everything; what a search scans grows with it.
+    """
 
     segment_id: str
     codec_id: str
@@ -121,12 +129,22 @@ class Segment(_Record):
     num_vectors: int
     first_image_id: int
     end_image_id: int
+    num_dead: int = 0
+    imbalance: float = 1.0
+
+    @property
+    def num_live(self) -> int:
+        """Vectors that searches may find."""
+        return self.num_vectors - self.num_dead
 
 
 class Codec(_Record):
     """The trained, empty FAISS index that all segments of a snapshot share.
 
-    `wanted` is the factory string that the user asked for; None where the plan chose.
+    Attributes:
+        wanted: The factory string that the user asked for; None where the plan chose.
+        imbalance: Of the lists when the first segments were built on it; drift is measured against it.
+        recall_at_50: Of the first snapshot on it, likewise.
     """
 
     codec_id: str
@@ -138,6 +156,8 @@ class Codec(_Record):
     nlist: int
     num_trained_on: int
     wanted: str | None = None
+    imbalance: float | None = None
+    recall_at_50: float | None = None
 
 
 class Snapshot(_Record):
@@ -156,6 +176,104 @@ class Snapshot(_Record):
     quarantined: int
     num_vectors: int
     recall_at_50: float | None
+
+
+class StageTime(_Record):
+    """How long one stage of a run took, and what it got done: `done` of `unit` (images, segments)."""
+
+    name: str
+    seconds: float
+    done: int = 0
+    unit: str = "images"
+
+
+class WorkTime(_Record):
+    """What the workers of an encode stage did, in seconds summed over all of them.
+
+    Attributes:
+        read_seconds: Fetching and decoding.
+        wait_seconds: Actors without a block to encode.
+        encode_seconds: Actors with one.
+        write_seconds: Writing files of the table.
+        num_actors: That encoded, at most.
+        has_gpus: Whether the actors had GPUs.
+    """
+
+    read_seconds: float = 0.0
+    wait_seconds: float = 0.0
+    encode_seconds: float = 0.0
+    write_seconds: float = 0.0
+    num_actors: int = 0
+    has_gpus: bool = False
+
+
+class Cause(_Record):
+    """A reason of quarantine, the number of images that it holds for, and some of their uris."""
+
+    cause: str
+    count: int
+    examples: tuple[str, ...] = ()
+
+
+class GrowthPoint(_Record):
+    """An index at one snapshot."""
+
+    snapshot_id: int
+    created_at: datetime.datetime
+    indexed: int
+    quarantined: int
+    num_vectors: int
+    num_segments: int
+    num_bytes: int
+
+
+class RunReport(_Record):
+    """`reports/<start>-<run>.json`: what one run of the index job found, did, and took.
+
+    Attributes:
+        outcome: `published`, `unchanged`, or `failed`.
+        message: What the job said at its end; of a failed run, the error.
+        snapshot_id: That searches see after the run; None where there never was one.
+        skipped: Images that were gone or replaced when they were to be read.
+        dead_vectors: Still in segments, of images that are gone.
+        segment_bytes: Of all segments.
+        nprobe: Lists that a search looks at in each segment.
+        stages: In the order in which they ran; a stage that ran twice is there twice.
+        work: Of the encode stage; None where nothing was encoded.
+        causes: All reasons of quarantine, the commonest first.
+        growth: The last snapshots, the oldest first.
+    """
+
+    run_id: str
+    started_at: datetime.datetime
+    seconds: float
+    outcome: str
+    message: str
+    images_uri: str
+    index_uri: str
+    encoder: str
+    fingerprint: str
+    snapshot_id: int | None = None
+    listed: int = 0
+    new: int = 0
+    changed: int = 0
+    gone: int = 0
+    unchanged: int = 0
+    skipped: int = 0
+    indexed: int = 0
+    quarantined: int = 0
+    num_vectors: int = 0
+    dead_vectors: int = 0
+    num_segments: int = 0
+    segment_bytes: int = 0
+    codec: str | None = None
+    nprobe: int | None = None
+    recall_at_50: float | None = None
+    images_per_second: float = 0.0
+    stages: tuple[StageTime, ...] = ()
+    work: WorkTime | None = None
+    causes: tuple[Cause, ...] = ()
+    growth: tuple[GrowthPoint, ...] = ()
 
 
 LABELS_FORMAT = 1
@@ -393,6 +511,10 @@ class Layout:
     def work_uri(self, run_id: str) -> str:
         """What a run hands to its workers."""
         return f"{self.index_uri}/work/{run_id}"
+
+    def report_uri(self, name: str) -> str:
+        """A run's report, without its suffix; all reports where the name is empty."""
+        return f"{self.index_uri}/reports/{name}"
 
 
 class LabelLayout:
