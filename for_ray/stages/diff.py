@@ -1,7 +1,8 @@
 """Diff: what the bucket holds against what the index holds, part by part, so that memory stays flat.
 
 An image is *new* if the table has no row of its uri, *changed* if the row has another etag, *gone* if only
-the table knows it, *unchanged* otherwise; a quarantined image whose etag is the same is unchanged too.
+the table knows it, *unchanged* otherwise. A quarantined image whose etag is the same is unchanged too, unless
+it is to be tried again: then it is changed.
 Metadata columns of a manifest are not compared.
 """
 
@@ -73,6 +74,7 @@ def write_gap(
     *,
     folder: Path,
     gap_uri: str,
+    retry_quarantined: bool = False,
     progress: Callable[[int], None] = lambda _: None,
 ) -> Gap:
     """Compare, and write what is to encode.
@@ -82,6 +84,7 @@ def write_gap(
         table_rows: The table, in any order: uri, etag, error (null unless quarantined) and _rowid.
         folder: For this stage alone, on this disk; the caller removes it.
         gap_uri: The folder or prefix that the workers read; made only if there is something to encode.
+        retry_quarantined: Count quarantined images as changed, whatever their etag is.
         progress: Called with the number of listed images that were compared so far.
 
     Raises:
@@ -97,7 +100,8 @@ def write_gap(
     with _GapWriter(folder, gap_uri) as writer:
         for number in range(listed.num_parts):
             part = listed.part(number).combine_chunks()
-            compared = _compare(part, table.part(number).combine_chunks())
+            rows = table.part(number).combine_chunks()
+            compared = _compare(part, rows, retry_quarantined=retry_quarantined)
             for name, count in compared.counts.items():
                 counts[name] += count
             writer.add(part.take(pa.array(compared.rows_to_encode)), compared)
@@ -131,7 +135,7 @@ class _Compared:
     counts: dict[str, int]
 
 
-def _compare(listed: pa.Table, table: pa.Table) -> _Compared:
+def _compare(listed: pa.Table, table: pa.Table, *, retry_quarantined: bool) -> _Compared:
     _refuse_duplicates(listed["uri"])
     # The newest row of the table with the same uri, for each listed image: a run that died before it deleted
     # the old rows of changed images need not encode these again.
@@ -144,6 +148,9 @@ def _compare(listed: pa.Table, table: pa.Table) -> _Compared:
             pc.equal(listed["etag"].filter(pa.array(is_known)), table["etag"].take(pa.array(row))), False
         )
     )
+    is_quarantined = _numpy(table["is_quarantined"])[row]
+    if retry_quarantined:
+        is_same = is_same & ~is_quarantined
     known = np.flatnonzero(is_known)
     to_encode = np.union1d(np.flatnonzero(~is_known), known[~is_same])
     is_matched = np.zeros(table.num_rows, bool)
@@ -160,7 +167,7 @@ def _compare(listed: pa.Table, table: pa.Table) -> _Compared:
             "changed": int(np.count_nonzero(~is_same)),
             "gone": int(np.count_nonzero(~is_listed)),
             "unchanged": int(np.count_nonzero(is_same)),
-            "quarantined": int(np.count_nonzero(_numpy(table["is_quarantined"])[row[is_same]])),
+            "quarantined": int(np.count_nonzero(is_quarantined & is_same)),
             "duplicates": int(np.count_nonzero(is_listed & ~is_matched)),
             "bytes": int(pc.sum(sizes).as_py() or 0),
         },

@@ -38,10 +38,11 @@ def table_of(rows: list[tuple[str, str, str | None, int]]) -> Iterator[pa.Record
     yield from pa.table(columns, schema=pa.schema(kinds)).to_batches(max_chunksize=50)
 
 
-def gap_of(folder: Path, etags: dict[str, str], rows: list[tuple[str, str, str | None, int]]) -> Gap:
-    return write_gap(
-        listing_of(folder, etags), table_of(rows), folder=folder / "diff", gap_uri=str(folder / "gap")
-    )
+def gap_of(
+    folder: Path, etags: dict[str, str], rows: list[tuple[str, str, str | None, int]], **options: bool
+) -> Gap:
+    listed = listing_of(folder, etags)
+    return write_gap(listed, table_of(rows), folder=folder / "diff", gap_uri=str(folder / "gap"), **options)
 
 
 def encoded(gap: Gap) -> set[str]:
@@ -74,6 +75,24 @@ def test_each_kind_is_told_apart(tmp_path):
     assert encoded(gap) == {"new", "changed", "bad-changed"}
     assert ids(gap.changed_image_ids()) == [0, 10]
     assert ids(gap.gone_image_ids()) == [40]
+
+
+def test_quarantined_images_are_tried_again_when_asked_for(tmp_path):
+    listed = {"same": "3", "bad": "4", "bad-changed": "6", "mended": "7"}
+    rows = [
+        ("bad", "4", "truncated", 30),
+        ("same", "3", None, 20),
+        ("bad-changed", "5", "truncated", 10),
+        ("mended", "7", "truncated", 1),
+        ("mended", "7", None, 40),  # a run that died had tried it again, and read it
+        ("bad-gone", "8", "truncated", 50),
+    ]
+    gap = gap_of(tmp_path, listed, rows, retry_quarantined=True)
+    assert (gap.num_new, gap.num_changed, gap.num_gone, gap.num_unchanged) == (0, 2, 1, 2)
+    assert (gap.num_quarantined, gap.num_duplicates) == (0, 1)
+    assert encoded(gap) == {"bad", "bad-changed"}
+    assert ids(gap.changed_image_ids()) == [10, 30]
+    assert ids(gap.gone_image_ids()) == [1, 50]
 
 
 def test_the_first_run_encodes_all_with_its_metadata(tmp_path):
