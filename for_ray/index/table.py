@@ -9,7 +9,7 @@ from __future__ import annotations
 import datetime
 import json
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from for_ray.errors import DataError
-from for_ray.schema import pack_vector_ids
+from for_ray.schema import Cause, pack_vector_ids
 from for_ray.storage import exists, join_uri, lance_options
 from for_ray.storage.refusals import lance_refusals
 
@@ -159,19 +159,31 @@ def count_images(table: Any) -> tuple[int, int]:
         return table.count_rows() - num_quarantined, num_quarantined
 
 
-def worst_causes(table: Any, *, limit: int) -> list[tuple[str, int, str]]:
-    """The commonest reasons of quarantine, worst first: reason, images, and the uri of one of them.
+def worst_causes(table: Any, *, limit: int | None = None, num_examples: int = 3) -> list[Cause]:
+    """The commonest reasons of quarantine, worst first; equally common ones in the order of their names.
 
     A reason counts up to its first colon or parenthesis, so that sizes and offsets do not split it.
+
+    Args:
+        table: The table.
+        limit: How many reasons; all where None.
+        num_examples: How many uris of each, at most: the first ones of the table.
     """
     counts: Counter[str] = Counter()
-    examples: dict[str, str] = {}
+    examples: defaultdict[str, list[str]] = defaultdict(list)
+    for uri, error in scan_quarantined(table):
+        cause = re.split(r"[:(]", error, maxsplit=1)[0].strip() or error
+        counts[cause] += 1
+        if len(examples[cause]) < num_examples:
+            examples[cause].append(uri)
+    worst = sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:limit]
+    return [Cause(cause=cause, count=count, examples=tuple(examples[cause])) for cause, count in worst]
+
+
+def scan_quarantined(table: Any) -> Iterator[tuple[str, str]]:
+    """Uri and reason of each quarantined image."""
     for batch in _scan(table, ["uri", "error"], filter="error IS NOT NULL"):
-        for uri, error in zip(batch["uri"].to_pylist(), batch["error"].to_pylist(), strict=True):
-            cause = re.split(r"[:(]", error, maxsplit=1)[0].strip() or error
-            counts[cause] += 1
-            examples.setdefault(cause, uri)
-    return [(cause, count, examples[cause]) for cause, count in counts.most_common(limit)]
+        yield from zip(batch["uri"].to_pylist(), batch["error"].to_pylist(), strict=True)
 
 
 def sweep_versions(table_uri: str, kept: Iterable[int]) -> None:

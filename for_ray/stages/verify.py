@@ -14,7 +14,7 @@ from for_ray.errors import StageError
 from for_ray.evaluation.exact import exact_top_images, recall_at_k
 from for_ray.index.search import open_segments, search_images
 from for_ray.index.table import ImageVectors, read_vectors, take_vectors, worst_causes
-from for_ray.schema import Segment
+from for_ray.schema import Cause, Segment
 from for_ray.stages.cluster import Cluster
 from for_ray.stages.ranges import RangeJob, split_images
 from for_ray.storage import shown
@@ -108,10 +108,11 @@ def check_readable(
     num_bad = num_quarantined + num_skipped
     if num_bad <= most * num_listed:
         return
-    found = [("not there, or not as listed", num_skipped, "")] if num_skipped else []
-    found += worst_causes(images, limit=WORST_CAUSES)
+    found = [Cause(cause="not there, or not as listed", count=num_skipped)] if num_skipped else []
+    found += worst_causes(images, limit=WORST_CAUSES, num_examples=1)
     causes = "; ".join(
-        f"{count:,} × {cause}" + (f" ({shown(uri)})" if uri else "") for cause, count, uri in found
+        f"{each.count:,} × {each.cause}" + "".join(f" ({shown(uri)})" for uri in each.examples)
+        for each in found
     )
     raise StageError(
         "encode",

@@ -12,7 +12,7 @@ import pytest
 
 from for_ray.errors import DataError, StorageError
 from for_ray.index import table
-from for_ray.schema import images_schema
+from for_ray.schema import Cause, images_schema
 
 DIM = 4
 
@@ -138,7 +138,12 @@ def test_causes_are_counted_without_their_numbers(images):
     part = rows("ghi", counts=[0, 0, 0], errors=errors)
     later = table.append(images, table.write_fragments(part, images.uri))
     assert table.count_images(later) == (5, 4)
-    assert table.worst_causes(later, limit=2) == [("broken JPEG", 2, "c"), ("too many pixels", 1, "h")]
+    broken = Cause(cause="broken JPEG", count=2, examples=("c", "g"))
+    too_many = Cause(cause="too many pixels", count=1, examples=("h",))
+    assert table.worst_causes(later)[::2] == [broken, too_many]
+    assert table.worst_causes(later, limit=1, num_examples=1) == [
+        broken.model_copy(update={"examples": ("c",)})
+    ]
 
 
 def test_new_metadata_columns_are_null_in_old_rows(images):
