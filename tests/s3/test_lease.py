@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import datetime
 import json
-import threading
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from for_ray.errors import ConfigError, StageError
 from for_ray.storage import Lease, lease, read_bytes, write_bytes
+from tests.contenders import contend
 
 pytestmark = pytest.mark.s3
 
 
-def expire(uri: str) -> None:
-    past = datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC).isoformat()
-    write_bytes(uri, json.dumps(json.loads(read_bytes(uri)) | {"expires_at": past}).encode())
+def rewrite(uri: str, **fields: object) -> None:
+    write_bytes(uri, json.dumps(json.loads(read_bytes(uri)) | fields).encode())
 
 
 def test_one_holds_it_until_its_block_ends(bucket_uri):
@@ -32,10 +29,11 @@ def test_one_holds_it_until_its_block_ends(bucket_uri):
             held.check()
 
 
-def test_an_expired_lease_is_taken_over_and_the_old_holder_knows(bucket_uri):
+def test_a_lease_that_was_left_is_taken_over_and_the_old_holder_knows(bucket_uri, monkeypatch):
     uri = f"{bucket_uri}/lease.json"
+    monkeypatch.setattr(lease, "_pause", lambda seconds: None)
     with Lease.acquire(uri, "first", seconds=600) as first:
-        expire(uri)
+        rewrite(uri, expires_at="2026-01-01T00:00:00Z")
         with Lease.acquire(uri, "second", seconds=600) as second:
             first._renew()
             second._renew()
@@ -45,19 +43,24 @@ def test_an_expired_lease_is_taken_over_and_the_old_holder_knows(bucket_uri):
     assert json.loads(read_bytes(uri))["owner"] == "second"
 
 
-def test_of_many_runs_one_takes_an_expired_lease(bucket_uri):
+def test_who_renews_is_not_taken_for_gone(bucket_uri, monkeypatch):
     uri = f"{bucket_uri}/lease.json"
-    with Lease.acquire(uri, "dead"):
-        expire(uri)
-    barrier = threading.Barrier(4)
+    with Lease.acquire(uri, "first", seconds=600) as held:
+        monkeypatch.setattr(lease, "_pause", lambda seconds: held._renew())
+        rewrite(uri, expires_at="2026-01-01T00:00:00Z")
+        held._etag = lease.stat(uri).etag
+        with pytest.raises(ConfigError, match="it is alive: wait"), Lease.acquire(uri, "second"):
+            pass
+        held.check()
 
-    def run(number: int) -> bool:
-        barrier.wait()
-        try:
-            lease._take(uri, str(number), seconds=600).check()
-        except ConfigError:
-            return False
-        return True
 
-    with ThreadPoolExecutor(4) as pool:
-        assert list(pool.map(run, range(4))).count(True) == 1
+def test_of_many_processes_one_takes_a_lease_that_was_left(bucket_uri):
+    uri = f"{bucket_uri}/lease.json"
+    with Lease.acquire(uri, "gone"):
+        pass
+    fields = {"process": "another-boot/pid:[1]#1#1", "is_released": False, "seconds": 0.4}
+    rewrite(uri, expires_at="2026-01-01T00:00:00Z", **fields)
+    outcomes = contend(uri, num_processes=5)
+    assert sorted(outcome.code for outcome in outcomes) == [0] + [2] * 4
+    refused = [outcome.error for outcome in outcomes if outcome.code]
+    assert all(error.count("\n") == 1 and "is being written by" in error for error in refused)
