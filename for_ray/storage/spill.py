@@ -15,8 +15,8 @@ from for_ray.storage.refusals import disk_refusals
 NUM_PARTS = 256
 """Parts of a set of rows that is too large for one: of 10⁸ rows each has 390,000."""
 
-BUFFER_ROWS = 1 << 18
-BUFFER_BYTES = 1 << 27
+BUFFER_ROWS = 1 << 17
+BUFFER_BYTES = 1 << 26
 
 
 class Spill:
@@ -108,4 +108,5 @@ class Spill:
 
 def _hashes(uris: pa.ChunkedArray) -> NDArray[np.uint32]:
     """CRC-32 of each uri: the same in every process, unlike `hash`."""
-    return np.fromiter((zlib.crc32(uri.encode()) for uri in uris.to_pylist()), np.uint32, len(uris))
+    each = (zlib.crc32(uri.encode()) for chunk in uris.chunks for uri in chunk.to_pylist())
+    return np.fromiter(each, np.uint32, len(uris))
