@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import io
 import math
 import re
@@ -34,8 +35,13 @@ _STYLE: Any = {
     "grid.color": _GRID,
 }
 
-_WIDTH = 7.2
+_WIDTH, _HALF_WIDTH = 7.2, 4.2
+_PIXELS_A_POINT = 1.6
+"""On a page that is wide enough: texts have one size in all charts, whatever stands beside the axes."""
+
 _MANY_POINTS = 40
+
+DAY_SECONDS = 86_400
 
 
 @dataclass(frozen=True)
@@ -78,38 +84,89 @@ def line_chart(
     Raises:
         ValueError: A line has another number of x than of y.
     """
-    for line in lines:
-        if len(line.x) != len(line.y):
-            raise ValueError(f"the line {line.name!r} has {len(line.x)} x and {len(line.y)} y")
+    _check_lengths(lines)
     points = [[_drawn(y, is_log=is_log) for y in line.y] for line in lines]
     label = f"{y_label or ', '.join(line.name for line in lines)} over {x_label}"
     with _axes(height=3.0, label=label) as (axes, svg):
         if not any(math.isfinite(y) for ys in points for y in ys):
             _say_nothing(axes)
             return svg()
-        for number, (line, ys) in enumerate(zip(lines, points, strict=True)):
-            axes.plot(
-                line.x,
-                ys,
-                label=line.name,
-                color=_COLOURS[number % len(_COLOURS)],
-                linestyle=_DASHES[1] if line.is_dashed else _DASHES[0],
-                linewidth=1.8,
-                marker="o" if len(line.x) <= _MANY_POINTS else "",
-                markersize=3.5,
-            )
         if is_log:
             axes.set_yscale("log")
-        axes.yaxis.set_major_formatter(_tick)
+        _plot(axes, lines, points)
         if marked_x is not None:
             axes.axvline(marked_x, color=_TEXT, linewidth=1, linestyle=_DASHES[2])
         if all(float(x).is_integer() for line in lines for x in line.x):
             axes.locator_params(axis="x", integer=True)
-        axes.grid(True, axis="y")
         axes.set(xlabel=x_label, ylabel=y_label)
         if len(lines) > 1 or not y_label:
-            axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5), handlelength=1.6)
+            _name_lines(axes)
         return svg()
+
+
+def time_chart(lines: Sequence[Line], *, y_label: str) -> str:
+    """Lines over days and hours (UTC), from 0 upwards; for half a page.
+
+    Args:
+        lines: Their `x` are seconds since 1970, their `y` 0 or more.
+        y_label: What is drawn, with its unit.
+
+    Returns:
+        An `<svg>` element. Without a single value it says so.
+
+    Raises:
+        ValueError: A line has another number of x than of y.
+    """
+    from matplotlib import dates
+
+    _check_lengths(lines)
+    points = [[_drawn(y, is_log=False) for y in line.y] for line in lines]
+    with _axes(height=2.1, width=_HALF_WIDTH, label=f"{y_label} over time") as (axes, svg):
+        if not any(math.isfinite(y) for ys in points for y in ys):
+            _say_nothing(axes)
+            return svg()
+        days = [Line(line.name, [x / DAY_SECONDS for x in line.x], line.y, line.is_dashed) for line in lines]
+        _plot(axes, days, points)
+        places = [x for line in days for x in line.x]
+        if min(places) == max(places):
+            axes.set_xlim(places[0] - 0.5, places[0] + 0.5)
+        locator = dates.AutoDateLocator(tz=datetime.UTC, minticks=3, maxticks=7)  # type: ignore[no-untyped-call]
+        axes.xaxis.set_major_locator(locator)
+        formatter = dates.ConciseDateFormatter(locator, tz=datetime.UTC)  # type: ignore[no-untyped-call]
+        axes.xaxis.set_major_formatter(formatter)
+        highest = max(y for ys in points for y in ys if math.isfinite(y))
+        axes.set_ylim(0, 1.08 * highest or 1)
+        axes.set_ylabel(y_label)
+        if len(lines) > 1:
+            _name_lines(axes)
+        return svg()
+
+
+def _check_lengths(lines: Sequence[Line]) -> None:
+    for line in lines:
+        if len(line.x) != len(line.y):
+            raise ValueError(f"the line {line.name!r} has {len(line.x)} x and {len(line.y)} y")
+
+
+def _plot(axes: Axes, lines: Sequence[Line], points: Sequence[Sequence[float]]) -> None:
+    """Draw each line through its x and the heights in `points`, over a grid."""
+    for number, (line, ys) in enumerate(zip(lines, points, strict=True)):
+        axes.plot(
+            line.x,
+            ys,
+            label=line.name,
+            color=_COLOURS[number % len(_COLOURS)],
+            linestyle=_DASHES[1] if line.is_dashed else _DASHES[0],
+            linewidth=1.8,
+            marker="o" if len(line.x) <= _MANY_POINTS else "",
+            markersize=3.5,
+        )
+    axes.yaxis.set_major_formatter(_tick)
+    axes.grid(True, axis="y")
+
+
+def _name_lines(axes: Axes) -> None:
+    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5), handlelength=1.6)
 
 
 def bar_chart(names: Sequence[str], values: Sequence[float], *, value_label: str) -> str:
@@ -173,13 +230,13 @@ def histogram(counts: Sequence[float], *, first: int = 0, x_label: str, y_label:
 
 
 @contextmanager
-def _axes(*, height: float, label: str) -> Iterator[tuple[Axes, Callable[[], str]]]:
+def _axes(*, height: float, label: str, width: float = _WIDTH) -> Iterator[tuple[Axes, Callable[[], str]]]:
     """Empty axes in the pages' style, and what turns them into an `<svg>` element; sizes in inches."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
     with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(_WIDTH, height))
+        figure = Figure(figsize=(width, height))
         axes = figure.add_subplot()
         for side in ("top", "right"):
             axes.spines[side].set_visible(False)
@@ -203,7 +260,13 @@ def _bare(document: str, label: str) -> str:
     element = re.sub(r"<metadata>.*?</metadata>", "", element, flags=re.DOTALL)
     opening, rest = element.split(">", 1)
     opening = re.sub(r'\sheight="[^"]*"', "", opening, count=1)
-    return f'{opening} role="img" aria-label={quoteattr(label)}>{rest}'.strip()
+    found = re.search(r'\swidth="([\d.]+)pt"', opening)
+    full = f' style="--full: {_PIXELS_A_POINT * float(found[1]):.0f}px"' if found else ""
+    # What is neither line nor bar goes by the page, which may be light or dark.
+    rest = rest.replace(f": {_TEXT}", f": var(--soft, {_TEXT})").replace(
+        f": {_GRID}", f": var(--line, {_GRID})"
+    )
+    return f'{opening}{full} role="img" aria-label={quoteattr(label)}>{rest}'.strip()
 
 
 def _say_nothing(axes: Axes) -> None:

@@ -22,12 +22,37 @@ class Chart:
         title: Above it; empty for none.
         svg: An element from `charts`; the only thing that reaches the page as it is.
         note: Below it; empty for none.
+        is_half: Half as wide as the page, beside another such section; on a narrow page like all others.
     """
 
     kind: ClassVar[str] = "chart"
     title: str
     svg: str
     note: str = ""
+    is_half: bool = False
+
+
+Tone = Literal["", "good", "bad"]
+
+
+@dataclass(frozen=True)
+class Notice:
+    """A sentence that nobody may miss.
+
+    Attributes:
+        title: Above it; empty for none.
+        text: The sentence.
+        tone: `good` and `bad` give it a colour.
+        note: Below it; empty for none.
+        is_half: As of a chart.
+    """
+
+    kind: ClassVar[str] = "notice"
+    title: str
+    text: str
+    tone: Tone = ""
+    note: str = ""
+    is_half: bool = False
 
 
 @dataclass(frozen=True)
@@ -38,12 +63,14 @@ class Facts:
         title: Above them; empty for none.
         values: Pairs; a value is a text, a number, or None.
         note: Below them; empty for none.
+        is_half: As of a chart.
     """
 
     kind: ClassVar[str] = "facts"
     title: str
     values: Sequence[tuple[str, object]]
     note: str = ""
+    is_half: bool = False
 
 
 @dataclass(frozen=True)
@@ -53,7 +80,7 @@ class Table:
     Attributes:
         title: Above it; empty for none.
         header: A name for each column.
-        rows: As many values each: texts, numbers, or None.
+        rows: As many values each: texts, numbers, None, or a tuple of texts, each on a line of its own.
         note: Below it; empty for none.
     """
 
@@ -85,7 +112,7 @@ class Tag:
 
     text: str
     number: float | None = None
-    kind: Literal["", "good", "bad"] = ""
+    kind: Tone = ""
 
 
 @dataclass(frozen=True)
@@ -126,7 +153,7 @@ class Gallery:
     note: str = ""
 
 
-Section = Chart | Facts | Table | Gallery
+Section = Notice | Chart | Facts | Table | Gallery
 
 
 def render_page(title: str, *, subtitle: str = "", sections: Sequence[Section]) -> str:
@@ -160,6 +187,29 @@ def shown(value: object) -> str:
     if number.is_integer() and abs(number) < 1e15:
         return f"{number:,.0f}"
     return f"{number:,.1f}" if abs(number) >= 100 else f"{number:.3g}"
+
+
+def shown_bytes(num_bytes: float) -> str:
+    """A number of bytes in decimal units: 0 B · 999 B · 1.23 kB · 45.7 GB."""
+    unit, size = scale_bytes(num_bytes)
+    return f"{shown(num_bytes / size)} {unit}"
+
+
+def shown_seconds(seconds: float) -> str:
+    """A duration as people read it: 12.3 s · 4 min 05 s · 2 h 01 min."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
+
+
+def scale_bytes(num_bytes: float) -> tuple[str, int]:
+    """The decimal unit that suits a number of bytes, and how many bytes it has."""
+    for power, unit in reversed(list(enumerate(("B", "kB", "MB", "GB", "TB", "PB")))):
+        if num_bytes >= 1000**power:
+            return unit, 1000**power
+    return "B", 1
 
 
 def _is_number(value: object) -> bool:

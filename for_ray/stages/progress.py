@@ -8,6 +8,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TextIO
 
+from for_ray.reports.page import shown_seconds
+from for_ray.schema import StageTime
+
 SECONDS_BETWEEN_LINES = 10.0
 
 
@@ -17,11 +20,15 @@ class Progress:
     Args:
         stream: Where it is told.
         is_quiet: Say nothing at all.
+
+    Attributes:
+        times: Of the stages that have ended, also of one that failed; in the order in which they ended.
     """
 
     def __init__(self, stream: TextIO | None = None, *, is_quiet: bool = False) -> None:
         self._stream = stream or sys.stderr
         self._is_quiet = is_quiet
+        self.times: list[StageTime] = []
 
     def say(self, message: str) -> None:
         """One line, at once."""
@@ -43,18 +50,21 @@ class Progress:
             To be called with how many are done.
         """
         started, done = time.monotonic(), 0
-        with self._shown(name, total=total, unit=unit) as show:
+        try:
+            with self._shown(name, total=total, unit=unit) as show:
 
-            def update(count: int) -> None:
-                nonlocal done
-                done = count
-                show(count)
+                def update(count: int) -> None:
+                    nonlocal done
+                    done = count
+                    show(count)
 
-            yield update
-        seconds = time.monotonic() - started
+                yield update
+        finally:
+            seconds = time.monotonic() - started
+            self.times.append(StageTime(name=name, seconds=seconds, done=done, unit=unit))
         rate = f", {done / seconds:,.0f} {unit}/s" if done >= seconds >= 1 else ""
         counted = f"{done:,} {unit if done != 1 else unit.removesuffix('s')}" if done else "done"
-        self.say(f"{name:<8} {counted} in {_duration(seconds)}{rate}")
+        self.say(f"{name:<8} {counted} in {shown_seconds(seconds)}{rate}")
 
     @contextmanager
     def _shown(self, name: str, *, total: int | None, unit: str) -> Iterator[Callable[[int], None]]:
@@ -85,7 +95,7 @@ class _Lines:
             line += f" of {self._total:,}"
         line += f" {self._unit}, {rate:,.0f}/s"
         if self._total and rate:
-            line += f", {_duration(max(0, self._total - count) / rate)} to go"
+            line += f", {shown_seconds(max(0, self._total - count) / rate)} to go"
         self._progress.say(line)
 
 
@@ -111,11 +121,3 @@ def _bar(stream: TextIO, name: str, *, total: int | None, unit: str) -> Iterator
             bar.update(task, completed=count, rate=f"{rate:,.0f}/s")
 
         yield show
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"

@@ -1,16 +1,25 @@
-"""What a run found and did: the job's JSON, and a table for a person."""
+"""What a run found and did, and what an index holds: JSON for machines, tables for people."""
 
 from __future__ import annotations
 
+import datetime
 import sys
+from collections.abc import Iterable, Sequence
+from itertools import islice
+from json import dumps
 from typing import Any, TextIO
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from for_ray.index.plan import IndexPlan, plan_index
-from for_ray.schema import Snapshot
+from for_ray.reports.page import shown_bytes
+from for_ray.schema import Cause, Snapshot
+from for_ray.storage import shown
 
 ONE_BILLION = 1_000_000_000
+
+MOST_COLUMNS = 10_000
+"""Of a table on stdout: a file or a pipe has no width, and a terminal breaks its own lines."""
 
 
 class IndexSummary(BaseModel):
@@ -99,7 +108,7 @@ def print_summary(summary: IndexSummary | LabelSummary, stream: TextIO | None = 
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(file=stream or sys.stderr, highlight=False)
+    console = Console(file=stream or sys.stderr, highlight=False, markup=False, emoji=False)
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     fields = summary.model_dump()
     if "snapshot" in fields:
@@ -112,6 +121,131 @@ def print_summary(summary: IndexSummary | LabelSummary, stream: TextIO | None = 
     if isinstance(summary, IndexSummary) and summary.plan is not None:
         _print_plans(console, summary.plan)
     console.print(summary.message)
+
+
+def print_snapshots(snapshots: Sequence[Snapshot], *, json: bool, stream: TextIO | None = None) -> None:
+    """Print the snapshots of an index in their order, and which of them searches see.
+
+    Args:
+        snapshots: All of them.
+        json: Nothing but JSON, a snapshot a line; the one with the highest number is what searches see.
+        stream: Where to; stdout if None.
+    """
+    stream = stream or sys.stdout
+    current = max((snapshot.snapshot_id for snapshot in snapshots), default=0)
+    if json:
+        _print_json(map(_snapshot_record, snapshots), stream)
+        return
+    if not snapshots:
+        print("no snapshot was published yet", file=stream)
+        return
+    names = ["snapshot", "published", "encoder", "indexed", "quarantined"]
+    names += ["vectors", "segments", "size", "recall", ""]
+    texts = ("published", "encoder", "")
+    rows = [
+        [
+            str(each.snapshot_id),
+            f"{each.created_at.astimezone(datetime.UTC):%Y-%m-%d %H:%M:%SZ}",
+            each.fingerprint[:12],
+            *(
+                f"{count:,}"
+                for count in (each.indexed, each.quarantined, each.num_vectors, len(each.segments))
+            ),
+            shown_bytes(sum(segment.num_bytes for segment in each.segments)),
+            _shown(each.recall_at_50),
+            _mark(each, current),
+        ]
+        for each in snapshots
+    ]
+    _print_table(names, rows, texts=texts, stream=stream)
+
+
+def _mark(snapshot: Snapshot, current: int) -> str:
+    marks = ["current"] if snapshot.snapshot_id == current else []
+    if snapshot.restores is not None:
+        marks.append(f"repeats {snapshot.restores}")
+    return ", ".join(marks)
+
+
+def _snapshot_record(snapshot: Snapshot) -> dict[str, object]:
+    return {
+        "snapshot": snapshot.snapshot_id,
+        "created_at": snapshot.created_at.isoformat(),
+        "fingerprint": snapshot.fingerprint,
+        "listed": snapshot.listed,
+        "indexed": snapshot.indexed,
+        "quarantined": snapshot.quarantined,
+        "vectors": snapshot.num_vectors,
+        "segments": len(snapshot.segments),
+        "bytes": sum(segment.num_bytes for segment in snapshot.segments),
+        "recall_at_50": snapshot.recall_at_50,
+        "restores": snapshot.restores,
+    }
+
+
+def print_quarantine(
+    causes: Sequence[Cause],
+    rows: Iterable[tuple[str, str]],
+    *,
+    json: bool,
+    limit: int | None = None,
+    stream: TextIO | None = None,
+) -> None:
+    """Print how many images each cause holds for, then every image with its reason; row by row as they come.
+
+    Args:
+        causes: All of them, the commonest first.
+        rows: Uri and reason.
+        json: Nothing but JSON: `uri` and `error` of an image a line.
+        limit: Images at most; None for all.
+        stream: Where to; stdout if None.
+    """
+    stream, rows = stream or sys.stdout, iter(rows)
+    chosen = islice(rows, limit)
+    if json:
+        _print_json(({"uri": uri, "error": error} for uri, error in chosen), stream)
+        return
+    total = sum(cause.count for cause in causes)
+    if not total:
+        print("no image is quarantined", file=stream)
+        return
+    counted = [[f"{cause.count:,}", shown(cause.cause)] for cause in causes]
+    _print_table(["images", "cause"], counted, texts=("cause",), stream=stream)
+    print(file=stream)
+    for uri, error in chosen:
+        print(f"{shown(uri)} → {shown(error)}", file=stream)
+    if next(rows, None) is not None:
+        print(f"… of {total:,} images, {limit:,} are shown", file=stream)
+
+
+def print_problems(problems: Iterable[str], *, json: bool = False, stream: TextIO | None = None) -> None:
+    """Print what is wrong with an index, one problem a line; as JSON, `problem` of an object a line."""
+    stream = stream or sys.stdout
+    if json:
+        _print_json(({"problem": problem} for problem in problems), stream)
+        return
+    for problem in problems:
+        print(shown(problem), file=stream)
+
+
+def _print_json(records: Iterable[dict[str, object]], stream: TextIO) -> None:
+    for record in records:
+        print(dumps(record), file=stream)  # ASCII, whatever a name holds
+
+
+def _print_table(
+    names: Sequence[str], rows: Sequence[Sequence[str]], *, texts: Sequence[str], stream: TextIO
+) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for name in names:
+        table.add_column(name, justify="left" if name in texts else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    console = Console(file=stream, width=MOST_COLUMNS, highlight=False, markup=False, emoji=False)
+    console.print(table)
 
 
 def _print_plans(console: Any, plan: IndexPlan) -> None:

@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from for_ray.reports.charts import Line, bar_chart, histogram, line_chart
+from for_ray.reports.charts import DAY_SECONDS, Line, bar_chart, histogram, line_chart, time_chart
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -81,6 +81,28 @@ def test_a_histogram_starts_where_it_says_and_ends_with_the_last_count():
     assert {"3", "6"} <= set(texts(svg))
 
 
+def test_time_runs_in_days_of_utc_and_heights_start_at_zero():
+    midnight = 20_000 * DAY_SECONDS  # 2024-10-04
+    svg = time_chart(
+        [Line("size", [midnight + day * DAY_SECONDS for day in (0, 1, 4)], [3, 3, 4])], y_label="GB"
+    )
+    (x1, y1), (x2, y2), (x3, y3) = stroke(svg, "#0072b2")
+    assert x3 - x2 == pytest.approx(3 * (x2 - x1), abs=1e-3)
+    assert y1 == y2
+    assert {"GB", "0", "05", "06", "07", "08", "2024-Oct"} <= set(texts(svg))
+    zero = next(each for each in ElementTree.fromstring(svg).iter(f"{SVG}text") if each.text == "0")
+    bottom = float(zero.get("y"))
+    assert (bottom - y3) / (bottom - y1) == pytest.approx(4 / 3, rel=0.06)  # the text stands a little lower
+
+
+def test_one_moment_or_nothing_but_zeros_are_drawn_too():
+    alone = time_chart([Line("a", [1e9], [5.0]), Line("b", [1e9], [math.nan])], y_label="images")
+    assert {"a", "b", "0", "5"} <= set(texts(alone)) or {"a", "b", "0", "4"} <= set(texts(alone))
+    zeros = time_chart([Line("a", [1e9, 2e9], [0, 0])], y_label="images")
+    assert {"0", "1"} <= set(texts(zeros))
+    assert len(stroke(zeros, "#0072b2")) == 2
+
+
 @pytest.mark.parametrize(
     "svg",
     [
@@ -88,6 +110,8 @@ def test_a_histogram_starts_where_it_says_and_ends_with_the_last_count():
         line_chart([Line("loss", [1], [math.nan])], x_label="epoch"),
         line_chart([Line("rate", [1], [0.0])], x_label="epoch", is_log=True),
         bar_chart([], [], value_label="images"),
+        time_chart([], y_label="images"),
+        time_chart([Line("size", [1e9], [math.nan])], y_label="images"),
         histogram([0, 0], x_label="labels", y_label="images"),
     ],
 )
@@ -117,6 +141,8 @@ def test_the_same_chart_is_the_same_bytes_and_draws_nothing_from_elsewhere():
 
 
 def test_what_does_not_go_together_is_refused():
+    with pytest.raises(ValueError, match="'size' has 1 x and 0 y"):
+        time_chart([Line("size", [1], [])], y_label="images")
     with pytest.raises(ValueError, match="'loss' has 2 x and 1 y"):
         line_chart([Line("loss", [1, 2], [1.0])], x_label="epoch")
     with pytest.raises(ValueError, match="1 names and 2 values"):

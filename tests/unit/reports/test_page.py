@@ -11,7 +11,19 @@ import pytest
 from PIL import Image
 
 from for_ray.reports.charts import histogram
-from for_ray.reports.page import Chart, Facts, Gallery, Picture, Table, Tag, render_page, shown
+from for_ray.reports.page import (
+    Chart,
+    Facts,
+    Gallery,
+    Notice,
+    Picture,
+    Table,
+    Tag,
+    render_page,
+    shown,
+    shown_bytes,
+    shown_seconds,
+)
 
 EVIL = '"><script>alert(1)</script><img src=x onerror=alert(2)>'
 VOID = {"meta", "img", "br", "use"}
@@ -96,8 +108,9 @@ def test_whatever_names_hold_nothing_runs_and_nothing_is_loaded():
         EVIL,
         subtitle=EVIL,
         sections=[
+            Notice(EVIL, EVIL, note=EVIL),
             Facts(EVIL, [(EVIL, EVIL)], note=EVIL),
-            Table(EVIL, [EVIL], [[EVIL]], note=EVIL),
+            Table(EVIL, [EVIL], [[EVIL], [(EVIL, EVIL)]], note=EVIL),
             Gallery(EVIL, [Picture(EVIL, [Tag(EVIL, 0.1)], problem=EVIL), Picture(EVIL, [], small_jpeg())]),
         ],
     )
@@ -114,6 +127,26 @@ def test_whatever_names_hold_nothing_runs_and_nothing_is_loaded():
     assert page.all("link") == []
     policy = next(each for each in page.all("meta") if each.get("http-equiv") == "Content-Security-Policy")
     assert policy["content"].startswith("default-src 'none'")
+
+
+def test_a_notice_has_a_tone_and_sections_may_be_half_as_wide():
+    page = Page(
+        render_page(
+            "x",
+            sections=[
+                Notice("a", "it is bad", "bad"),
+                Notice("b", "so so", is_half=True),
+                Facts("c", [], is_half=True),
+                Table("d", ["names", "number"], [[("one", "two"), 3], [(), None]]),
+            ],
+        )
+    )
+    assert [each["class"] for each in page.all("section")] == [
+        *("notice bad", "notice half", "facts half", "table")
+    ]
+    assert {"it is bad", "so so", "one", "two"} <= set(page.cells)
+    assert len(page.all("br")) == 1
+    assert [each.get("class") for each in page.all("td")] == ["lines", "number", "lines", "number"]
 
 
 def test_a_picture_without_an_image_says_why_and_one_without_tags_says_so():
@@ -147,3 +180,26 @@ def test_a_table_whose_rows_do_not_fit_is_refused():
 )
 def test_values_are_written_for_people(value, text):
     assert shown(value) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (1000, "1 kB"),
+        (1234, "1.23 kB"),
+        (45.7e9, "45.7 GB"),
+        (2e15, "2 PB"),
+        (3e18, "3,000 PB"),
+    ],
+)
+def test_bytes_are_written_in_decimal_units(value, text):
+    assert shown_bytes(value) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(0.04, "0.0 s"), (12.34, "12.3 s"), (245, "4 min 05 s"), (7260, "2 h 01 min")]
+)
+def test_seconds_are_written_for_people(value, text):
+    assert shown_seconds(value) == text

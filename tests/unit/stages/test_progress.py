@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 
 import pytest
 
+from for_ray.schema import StageTime
 from for_ray.stages import progress
 from for_ray.stages.progress import Progress
 
@@ -61,6 +63,27 @@ def test_a_failed_stage_is_not_called_done(clock):
     with pytest.raises(OSError, match="no"), Progress(stream).stage("build"):
         raise OSError("no")
     assert stream.getvalue() == ""
+
+
+@pytest.mark.parametrize("is_quiet", [True, False])
+def test_times_are_kept_of_stages_that_ended_also_of_one_that_failed(clock, is_quiet):
+    told = Progress(io.StringIO(), is_quiet=is_quiet)
+    with told.stage("list") as update:
+        clock.now = 2.0
+        update(3)
+        update(7)
+    with contextlib.suppress(KeyboardInterrupt), told.stage("build", unit="segments") as update:
+        assert len(told.times) == 1
+        update(1)
+        clock.now = 5.5
+        raise KeyboardInterrupt
+    with told.stage("list"):
+        pass
+    assert told.times == [
+        StageTime(name="list", seconds=2.0, done=7, unit="images"),
+        StageTime(name="build", seconds=3.5, done=1, unit="segments"),
+        StageTime(name="list", seconds=0.0, done=0, unit="images"),
+    ]
 
 
 def test_quiet_is_quiet(clock):
