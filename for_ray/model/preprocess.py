@@ -2,25 +2,33 @@
 
 Order: first frame, RGB, EXIF orientation, resize (antialiased), crop or pad. The RGB conversion comes first,
 as in open_clip's own loader of training images (`pilrgb`), so that palettes are not resized as indices.
-Alpha is dropped (`convert("RGB")`, open_clip's way), 16-bit and floating-point greys are scaled to 8 bits
-instead of clipped. JPEGs are decoded at 1/2, 1/4 or 1/8 of their size where at least twice the wanted
-size remains; all other formats give open_clip's pixels to the last bit.
+Alpha is dropped (`convert("RGB")`, open_clip's way) and colour profiles are ignored, as open_clip's images in
+training were; 16-bit and floating-point greys are scaled to 8 bits instead of clipped. JPEGs are decoded at
+1/2, 1/4 or 1/8 of their size where at least twice the wanted size remains; all other formats give open_clip's
+pixels to the last bit.
+
+Only the formats in `FORMATS` are opened: others have decoders that run other programs, or sizes that no
+header tells. HEIC needs the package pillow-heif, which is used where it is installed.
 """
 
 from __future__ import annotations
 
+import importlib
 import io
 import struct
 from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError, features
 
 from for_ray.errors import DataError
 
 ResizeMode = Literal["squash", "shortest", "longest"]
 Interpolation = Literal["bicubic", "bilinear"]
+
+FORMATS = ("AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+"""Formats that are decoded, in Pillow's names (JPEG opens MPO too); HEIF where pillow-heif is installed."""
 
 DEFAULT_MAX_PIXELS = 89_478_485
 """A quarter of a GiB of RGB, where Pillow begins to warn; Pillow itself refuses twice as many."""
@@ -30,6 +38,9 @@ _SPARE = 2
 
 _MAX_ASPECT = 8
 """Beyond this aspect `shortest` cuts the sides off before it resizes: they would be cropped anyway."""
+
+_DRAFTED = ("JPEG", "MPO")
+"""Formats that can be decoded small. Phones write MPO: a JPEG with more behind it."""
 
 _RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
@@ -48,10 +59,35 @@ _SIGNATURES = {
     b"\x89PNG": "PNG",
     b"\xff\xd8\xff": "JPEG",
     b"GIF8": "GIF",
-    b"RIFF": "WebP",
     b"II*\0": "TIFF",
     b"MM\0*": "TIFF",
+    b"II+\0": "TIFF",
+    b"MM\0+": "TIFF",
+    b"BM": "BMP",
+    b"\0\0\0\x0cjP  ": "JPEG 2000",
+    b"\xff\x4f\xff\x51": "JPEG 2000",
 }
+
+_FOREIGN = {
+    b"%PDF": "PDF",
+    b"%!PS": "PostScript",
+    b"8BPS": "Photoshop",
+    b"\0\0\1\0": "ICO",
+    b"\xff\x0a": "JPEG XL",
+    b"\0\0\0\x0cJXL ": "JPEG XL",
+    b"PK\3\4": "ZIP",
+    b"\x1f\x8b": "gzip",
+}
+
+_AVIF_BRANDS = frozenset({b"avif", b"avis"})
+_HEIF_BRANDS = frozenset(
+    {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"mif2", b"msf1"}
+)
+
+_CONVERT = "convert it to JPEG, PNG or WebP"
+
+_REASON_LENGTH = 200
+"""Of what a decoder says, in characters: some quote the file."""
 
 
 class Decoded(NamedTuple):
@@ -73,7 +109,7 @@ def decode(
     """Decode an image file to [3, image_size, image_size] uint8.
 
     Args:
-        raw: The file, in any format that Pillow reads; of an animation the first frame.
+        raw: The file, in one of `FORMATS`; of an animation or of several pages the first one.
         image_size: Side of the model's square input, in pixels.
         resize_mode: `squash` resizes both sides to `image_size`; `shortest` resizes the shorter side to it
             and crops the middle; `longest` resizes the longer side to it and pads the rest with black.
@@ -85,11 +121,13 @@ def decode(
             alone, without the file's name.
     """
     image = _open(raw, max_pixels)
-    orientation = _orientation(image)
-    is_turned = orientation >= 5
-    width, height = image.size[::-1] if is_turned else image.size
-    target = _resized_size(width, height, image_size, resize_mode)
     try:
+        if image.format not in _DRAFTED:
+            image.load()  # a PNG's EXIF may lie behind its pixels, and Pillow turns a TIFF while it loads it
+        orientation = _orientation(image)
+        is_turned = orientation >= 5
+        width, height = image.size[::-1] if is_turned else image.size
+        target = _resized_size(width, height, image_size, resize_mode)
         _draft(image, target[::-1] if is_turned else target)
         shown = to_rgb(image)
         if orientation in _TRANSPOSITIONS:
@@ -167,19 +205,38 @@ def _open(raw: bytes, max_pixels: int) -> Image.Image:
     if not raw:
         raise DataError("the file is empty")
     try:
-        image = Image.open(io.BytesIO(raw))
+        image = Image.open(io.BytesIO(raw), formats=_formats(raw))
     except UnidentifiedImageError as error:
         raise DataError(_unidentified(raw)) from error
     except Image.DecompressionBombError as error:
         raise DataError(f"too many pixels: more than {2 * (Image.MAX_IMAGE_PIXELS or 0)}") from error
     except Exception as error:  # a broken header can raise anything
-        raise DataError(f"broken header: {_reason(error)}") from error
+        raise DataError(_unreadable(_is_cut(raw), _reason(error))) from error
     width, height = image.size
     if width * height > max_pixels:
         raise DataError(f"too many pixels: {width}×{height}, at most {max_pixels} are accepted")
-    if width < 1 or height < 1:
-        raise DataError(f"the image has no pixels: {width}×{height}")
     return image
+
+
+def _formats(raw: bytes) -> tuple[str, ...]:
+    return (*FORMATS, "HEIF") if _brands(raw) & _HEIF_BRANDS and _has_heif() else FORMATS
+
+
+def _has_heif() -> bool:
+    """Whether pillow-heif is installed; it is known to Pillow from then on."""
+    try:
+        importlib.import_module("pillow_heif").register_heif_opener(thumbnails=False)
+    except ImportError:
+        return False
+    return True
+
+
+def _brands(raw: bytes) -> frozenset[bytes]:
+    """The major and the compatible brands of a file of the ISO base media family: AVIF, HEIC, videos."""
+    if raw[4:8] != b"ftyp":
+        return frozenset()
+    end = min(int.from_bytes(raw[:4], "big"), 256)
+    return frozenset([raw[8:12], *(raw[start : start + 4] for start in range(16, end, 4))])
 
 
 def _orientation(image: Image.Image) -> int:
@@ -209,7 +266,7 @@ def _offset(side: int, image_size: int) -> int:
 
 
 def _draft(image: Image.Image, target: tuple[int, int]) -> None:
-    if image.format == "JPEG":
+    if image.format in _DRAFTED:
         image.draft(None, (_SPARE * target[0], _SPARE * target[1]))
 
 
@@ -232,9 +289,11 @@ def _to_8_bits(values: NDArray[np.generic]) -> NDArray[np.uint8]:
     """Greys [H, W] of any depth -> uint8: 16-bit by their full range, others by the range they use."""
     if values.dtype == np.uint8 or values.dtype == np.bool_:
         return values.astype(np.uint8)
-    grey = np.nan_to_num(values.astype(np.float64), posinf=0.0, neginf=0.0)
-    low, high = float(grey.min()), float(grey.max())
-    if values.dtype == np.uint16 or (values.dtype.kind == "i" and low >= 0 and high <= 65535):
+    grey = values.astype(np.float64)
+    finite = grey[np.isfinite(grey)]
+    low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
+    grey = np.nan_to_num(grey, nan=low, posinf=high, neginf=low)
+    if values.dtype.str[1:] == "u2" or (values.dtype.kind == "i" and low >= 0 and high <= 65535):
         return np.round(grey / 257).astype(np.uint8)
     if high <= low:
         return np.zeros(values.shape, np.uint8)
@@ -243,17 +302,63 @@ def _to_8_bits(values: NDArray[np.generic]) -> NDArray[np.uint8]:
 
 def _unidentified(raw: bytes) -> str:
     """What Pillow doesn't open: a broken header of a known format, another format, or no image at all."""
-    head = raw[:12]
-    for signature, kind in _SIGNATURES.items():
-        if head.startswith(signature):
-            return f"broken header: begins as {kind}, but Pillow can't read on"
-    if head[4:8] == b"ftyp":
-        return f"the format {head[8:12].decode('ascii', 'replace')} (HEIC or a video) is not supported here"
-    if head.lstrip().startswith(b"<"):
+    if raw[4:8] == b"ftyp":
+        return _unidentified_media(raw)
+    if raw[:4] == b"RIFF" and raw[8:12] == b"WEBP":
+        return _unreadable(_is_cut(raw), _begins_as("WebP"))
+    if kind := _kind(raw, _SIGNATURES):
+        return _unreadable(False, _begins_as(kind))
+    if kind := _kind(raw, _FOREIGN):
+        return _foreign(kind)
+    if raw.count(0) == len(raw):
+        return "not an image: nothing but zero bytes"
+    head = raw[:80].removeprefix(b"\xef\xbb\xbf").lstrip()
+    if head.startswith(b"<"):
         return "not an image: begins with '<' (HTML, XML or SVG)"
-    text = head[:8].decode("ascii", "replace")
+    if head.startswith((b"{", b"[")):
+        return f"not an image: begins with '{head[:1].decode()}' (JSON)"
+    text = raw[:8].decode("ascii", "replace")
     is_text = text.isascii() and text.isprintable()
-    return f"not an image: begins with {text if is_text else '0x' + head[:8].hex()}"
+    return f"not an image: begins with {text if is_text else '0x' + raw[:8].hex()}"
+
+
+def _unidentified_media(raw: bytes) -> str:
+    brands = _brands(raw)
+    if brands & _AVIF_BRANDS:
+        if features.check("avif"):
+            return _unreadable(_is_cut(raw), _begins_as("AVIF"))
+        return "AVIF cannot be read here: install a Pillow of 11.3 or later that has AVIF, on all nodes"
+    if brands & _HEIF_BRANDS:
+        if _has_heif():
+            return _unreadable(_is_cut(raw), _begins_as("HEIC"))
+        return "HEIC cannot be read here: install the package pillow-heif, on all nodes"
+    return f"a video or other media (brand {raw[8:12]!r}) is not read here: {_CONVERT}"
+
+
+def _kind(raw: bytes, signatures: dict[bytes, str]) -> str | None:
+    return next((kind for signature, kind in signatures.items() if raw.startswith(signature)), None)
+
+
+def _is_cut(raw: bytes) -> bool:
+    """Whether a file of a family that tells its length (RIFF, ISO base media) is shorter than it says."""
+    if raw[:4] == b"RIFF":
+        return 8 + int.from_bytes(raw[4:8], "little") > len(raw)
+    end = 0
+    while raw[4:8] == b"ftyp" and (size := int.from_bytes(raw[end : end + 4], "big")) >= 8:
+        end += size  # of one box; 0 and 1 stand for sizes that are told elsewhere
+    return end > len(raw)
+
+
+def _begins_as(kind: str) -> str:
+    return f"begins as {kind}, but Pillow can't read on"
+
+
+def _unreadable(is_cut: bool, reason: str) -> str:
+    return f"the file is truncated: {reason}" if is_cut else f"broken header: {reason}"
+
+
+def _foreign(kind: str) -> str:
+    return f"the format {kind} is not read here: {_CONVERT}"
 
 
 def _broken(image: Image.Image, error: Exception) -> str:
@@ -261,5 +366,5 @@ def _broken(image: Image.Image, error: Exception) -> str:
 
 
 def _reason(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return text if text else type(error).__name__
+    text = " ".join(str(error).split())[:_REASON_LENGTH]
+    return text if text and text.isprintable() else repr(text)[1:-1] or type(error).__name__

@@ -157,7 +157,7 @@ def test_a_bomb_that_pillow_refuses_itself_is_a_data_error() -> None:
         (b"<!doctype html><p>gone", "not an image: begins with '<'"),
         (b"anything else", "not an image: begins with anything$"),
         (b"\x00\xff\x01" * 9, "not an image: begins with 0x00ff"),
-        (b"\x00\x00\x00\x18ftypheic\x00\x00", "the format heic"),
+        (b"\x00\x00\x00\x18ftypheic\x00\x00", "HEIC"),
         (b"\x89PNG\r\n\x1a\nrubbish", "broken header: begins as PNG"),
         (to_bytes(scene(200, 200), "PNG")[:2000], "broken PNG: "),
         (to_bytes(scene(200, 200), "JPEG")[:1500], "broken JPEG: .*truncated"),
