@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import datetime
 import os
 import random
 import secrets
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import boto3
+import botocore.session
 from botocore.config import Config
 from botocore.exceptions import (
     BotoCoreError,
@@ -22,6 +24,7 @@ from botocore.exceptions import (
     ReadTimeoutError,
     ResponseStreamingError,
 )
+from botocore.utils import parse_timestamp
 from s3transfer.exceptions import RetriesExceededError
 
 from for_ray.errors import DataError, StorageError
@@ -70,12 +73,22 @@ def _connect(max_connections: int) -> _Connection:
         tcp_keepalive=True,
     )
     try:
-        session = boto3.session.Session()
+        core = botocore.session.get_session()
+        core.get_component("response_parser_factory").set_parser_defaults(timestamp_parser=_timestamp)
+        session = boto3.session.Session(botocore_session=core)
         # boto3 knows only AWS_DEFAULT_REGION; AWS_REGION is what every other SDK, and Lance, reads.
         region = os.environ.get("AWS_REGION")
         return _Connection(session, session.client("s3", config=config, region_name=region))
     except (BotoCoreError, ValueError) as error:
         raise s3_refusal(error, "reach", "S3", os.environ.get("AWS_ENDPOINT_URL", "AWS")) from error
+
+
+def _timestamp(value: Any) -> datetime.datetime:
+    """A time in an answer. botocore's parser takes 50 µs for it, three quarters of what listing costs."""
+    if isinstance(value, str) and value[4:5] == "-":
+        with suppress(ValueError):
+            return datetime.datetime.fromisoformat(value)
+    return parse_timestamp(value)
 
 
 @contextmanager
@@ -166,7 +179,8 @@ def _get(client: Any, uri: str, wanted: dict[str, Any]) -> dict[str, Any]:
 def _body(uri: str, answer: dict[str, Any], max_bytes: int | None) -> bytes:
     if max_bytes is not None and answer["ContentLength"] > max_bytes:
         answer["Body"].close()
-        raise DataError(f"{shown(uri)} has {answer['ContentLength']} bytes; at most {max_bytes} are read")
+        size = answer["ContentLength"]
+        raise DataError(f"{shown(uri)} is too large: {size} bytes, at most {max_bytes} are read")
     content: bytes = answer["Body"].read()
     return content
 
