@@ -3,6 +3,7 @@
     <index>/encoder-<fingerprint>/bundle/        the encoder; enough to search
     <index>/encoder-<fingerprint>/images.lance   one row an image
     <index>/encoder-<fingerprint>/segments/      codec-<id>.faiss, segment-<id>.faiss
+    <index>/encoder-<fingerprint>/queries.npy    what recall is measured with
     <index>/snapshots.lance                      one row a published snapshot
     <index>/lease.json                           who writes now
     <index>/reports/<start>-<run>.json, .html    what each run did: `RunReport`, and a page for people
@@ -161,7 +162,14 @@ class Codec(_Record):
 
 
 class Snapshot(_Record):
-    """What searches see: one published state of an index."""
+    """What searches see: one published state of an index.
+
+    Attributes:
+        images_version: Of `images.lance`.
+        deleted_image_ids: Of images that the table holds no more and segments still do.
+        nprobe: Lists that a search looks at in each segment.
+        restores: The snapshot that this one repeats, where somebody rolled back; else None.
+    """
 
     snapshot_id: int
     created_at: datetime.datetime
@@ -176,6 +184,7 @@ class Snapshot(_Record):
     quarantined: int
     num_vectors: int
     recall_at_50: float | None
+    restores: int | None = None
 
 
 class StageTime(_Record):
@@ -503,6 +512,10 @@ class Layout:
     def images_uri(self, fingerprint: str) -> str:
         """The table of encoded images."""
         return f"{self.encoder_uri(fingerprint)}/images.lance"
+
+    def queries_uri(self, fingerprint: str) -> str:
+        """The vectors [Q, D] of the names that recall is measured with: `.npy`, float32, unit length."""
+        return f"{self.encoder_uri(fingerprint)}/queries.npy"
 
     def segment_uri(self, fingerprint: str, file_name: str) -> str:
         """A segment or a codec."""

@@ -81,16 +81,20 @@ class PlantedIndex:
         self, images: Sequence[Planted], *, codec: str = "IVF2,Flat", deleted: Sequence[int] = ()
     ) -> None:
         """Append the rows, delete some of the table's, and build a segment of the rows that were appended."""
+        first = self.end_image_id
+        self.append(images)
+        images_table = table.open_table(self.images_uri)
+        self._build_segment(images_table, first, codec)
+        table.delete_images(images_table, np.array(deleted, np.int64))
+
+    def append(self, images: Sequence[Planted]) -> None:
+        """Append rows in one commit, and build nothing."""
         images_table = table.open_table(self.images_uri)
         schema = images_schema(self.bundle.dim)
         if images_table is None:
             images_table = table.create_table(self.images_uri, schema)
-        fragments = table.write_fragments(_rows(images, schema), self.images_uri)
-        table.append(images_table, fragments)
-        images_table = table.open_table(self.images_uri)
-        first, self.end_image_id = self.end_image_id, self.end_image_id + len(images)
-        self._build_segment(images_table, first, codec)
-        table.delete_images(images_table, np.array(deleted, np.int64))
+        table.append(images_table, table.write_fragments(_rows(images, schema), self.images_uri))
+        self.end_image_id += len(images)
 
     def _build_segment(self, images_table: object, first: int, codec: str) -> None:
         batches = list(table.read_vectors(images_table, first, self.end_image_id, batch_rows=100))

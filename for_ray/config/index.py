@@ -20,9 +20,11 @@ class IndexSettings(Settings):
     1: a stage failed in the middle (run again: what was committed is not encoded again); 130: interrupted.
     """
 
-    images: str = Field(
+    images: str | None = Field(
+        None,
         min_length=1,
-        description="the images: a folder, s3://bucket/prefix, a Parquet manifest (uri, etag) or tars",
+        description="the images: a folder, s3://bucket/prefix, a Parquet manifest (uri, etag) or tars; "
+        "not needed with --list-snapshots, --rollback, --verify and --show-quarantine",
     )
     index: str = Field(
         min_length=1, description="the index: a folder or s3://bucket/prefix; made when it is not there"
@@ -80,6 +82,44 @@ class IndexSettings(Settings):
     target_recall: float = Field(
         0.95, ge=0, le=1, description="recall at 50 against exact search that nprobe is raised for"
     )
+
+    retry_quarantined: bool = Field(
+        False, description="try the quarantined images again, though they are what they were"
+    )
+    keep_snapshots: int = Field(
+        7, ge=1, le=10_000, description="snapshots that are kept for a rollback, however old"
+    )
+    keep_days: float = Field(
+        7.0, ge=0, le=36_500, description="days that a snapshot stays after another took its place"
+    )
+    list_snapshots: bool = Field(False, description="print the published snapshots, and do nothing else")
+    rollback: int | None = Field(
+        None, ge=1, description="publish this snapshot once more, until the next run publishes another"
+    )
+    verify: bool = Field(
+        False,
+        description="check the published snapshot from end to end, and change nothing; exit code 1 and a "
+        "list of what is wrong where something is",
+    )
+    show_quarantine: bool = Field(
+        False, description="print the images that could not be read, with their reasons"
+    )
+
+    @property
+    def upkeep(self) -> str | None:
+        """What is to be done to the index instead of a run; None for a run."""
+        names = ("list_snapshots", "verify", "show_quarantine")
+        chosen = [name for name in names if getattr(self, name)]
+        return chosen[0] if chosen else "rollback" if self.rollback is not None else None
+
+    @model_validator(mode="after")
+    def _says_what_to_do(self) -> IndexSettings:
+        chosen = [self.list_snapshots, self.verify, self.show_quarantine, self.rollback is not None]
+        if sum(chosen) > 1:
+            raise ValueError("--list-snapshots, --rollback, --verify and --show-quarantine go one at a time")
+        if not any(chosen) and self.images is None:
+            raise ValueError("--images is missing; --help lists the flags")
+        return self
 
     @model_validator(mode="after")
     def _ranges_fit(self) -> IndexSettings:

@@ -1,13 +1,16 @@
 """Published states of an index: one row each in `snapshots.lance`.
 
 Publishing is one atomic append, so a search sees the whole snapshot or the one before. The lease keeps two
-runs from publishing at once.
+runs from publishing at once. Rolling back publishes an old state once more; nothing is ever rewritten.
 """
 
 from __future__ import annotations
 
+import datetime
+import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import lance
 import numpy as np
@@ -95,6 +98,58 @@ def list_snapshots(layout: Layout, *, fingerprint: str | None = None) -> Iterato
     if table is not None:
         for snapshot_id in reversed(_ids(table, fingerprint)):
             yield _read(layout, table, snapshot_id)
+
+
+class Published(NamedTuple):
+    """What is known of a snapshot without reading its record."""
+
+    snapshot_id: int
+    created_at: datetime.datetime
+    fingerprint: str
+
+
+def list_published(layout: Layout) -> list[Published]:
+    """All snapshots, the oldest first."""
+    table = _open(layout)
+    if table is None:
+        return []
+    with lance_refusals(layout.snapshots_uri):
+        rows = table.to_table(columns=list(Published._fields)).to_pylist()
+    return sorted(Published(**row) for row in rows)
+
+
+def choose_expired(
+    published: Sequence[Published], *, keep_snapshots: int, keep_days: float, now: datetime.datetime
+) -> set[int]:
+    """Ids of the snapshots that nobody needs any more.
+
+    A snapshot is kept while it is one of the last `keep_snapshots`, and for `keep_days` after another took
+    its place: a search that opened it while it was the latest has that long to open a newer one.
+
+    Args:
+        published: All snapshots, the oldest first.
+        keep_snapshots: At least 1: the latest is never expired.
+        keep_days: Days, 0 or more.
+        now: With a time zone.
+    """
+    older = list(itertools.pairwise(published))[: max(0, len(published) - keep_snapshots)]
+    oldest_kept = now - datetime.timedelta(days=keep_days)
+    return {snapshot.snapshot_id for snapshot, successor in older if successor.created_at <= oldest_kept}
+
+
+def expire(layout: Layout, snapshot_ids: Iterable[int]) -> None:
+    """Take snapshots out of the list; only the holder of the lease may. Their files are another matter.
+
+    Versions of the list itself go when they are a day old: a search that reads one now is done by then.
+    """
+    table = _open(layout)
+    ids = ", ".join(map(str, sorted(snapshot_ids)))
+    if table is None:
+        return
+    with lance_refusals(layout.snapshots_uri):
+        if ids:
+            table.delete(f"snapshot_id in ({ids})")
+        table.cleanup_old_versions(older_than=datetime.timedelta(days=1))
 
 
 def _open(layout: Layout) -> lance.LanceDataset | None:

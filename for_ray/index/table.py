@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from for_ray.errors import DataError
 from for_ray.schema import Cause, pack_vector_ids
-from for_ray.storage import exists, join_uri, lance_options
+from for_ray.storage import exists, join_uri, lance_options, shown
 from for_ray.storage.refusals import lance_refusals
 
 IDS_IN_A_DELETE = 10_000
@@ -162,7 +162,8 @@ def count_images(table: Any) -> tuple[int, int]:
 def worst_causes(table: Any, *, limit: int | None = None, num_examples: int = 3) -> list[Cause]:
     """The commonest reasons of quarantine, worst first; equally common ones in the order of their names.
 
-    A reason counts up to its first colon or parenthesis, so that sizes and offsets do not split it.
+    A reason counts up to its first colon or parenthesis, so that sizes and offsets do not split it, and
+    without the image's own uri, where it begins with that.
 
     Args:
         table: The table.
@@ -172,12 +173,20 @@ def worst_causes(table: Any, *, limit: int | None = None, num_examples: int = 3)
     counts: Counter[str] = Counter()
     examples: defaultdict[str, list[str]] = defaultdict(list)
     for uri, error in scan_quarantined(table):
-        cause = re.split(r"[:(]", error, maxsplit=1)[0].strip() or error
+        cause = _cause(uri, error)
         counts[cause] += 1
         if len(examples[cause]) < num_examples:
             examples[cause].append(uri)
     worst = sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:limit]
     return [Cause(cause=cause, count=count, examples=tuple(examples[cause])) for cause, count in worst]
+
+
+def _cause(uri: str, error: str) -> str:
+    for whose in (uri, uri.rpartition("#")[0]):  # an image's, or its tar's
+        if whose and error.startswith(f"{shown(whose)} "):
+            error = error.removeprefix(f"{shown(whose)} ")
+            break
+    return re.split(r"[:(]", error, maxsplit=1)[0].strip() or error
 
 
 def scan_quarantined(table: Any) -> Iterator[tuple[str, str]]:
@@ -186,18 +195,57 @@ def scan_quarantined(table: Any) -> Iterator[tuple[str, str]]:
         yield from zip(batch["uri"].to_pylist(), batch["error"].to_pylist(), strict=True)
 
 
+FEW_FRAGMENTS = 32
+"""Small files are left alone until there are more of them than these: one that grows a little every night
+would be written anew every night."""
+
+COMPACT_BYTES = 16 << 30
+"""What one compaction reads at most: it runs on the driver; the next night goes on."""
+
+
+def compact(table: Any, *, rows: int) -> Any:
+    """Write small files of the table as fewer ones, and files with many deleted rows without these.
+
+    Row ids stay. What a year of nights leaves behind would make every scan open thousands of files. Memory: a
+    batch of rows; older versions keep their files until they are swept.
+
+    Args:
+        table: At its latest version; nobody else writes to it.
+        rows: A file with fewer is small, and what comes of small ones has about so many.
+
+    Returns:
+        The table after it; the same one where there was little to do.
+    """
+    fragments = table.get_fragments()
+    num_small = sum(fragment.metadata.physical_rows < rows for fragment in fragments)
+    num_holed = sum(10 * fragment.num_deletions > fragment.metadata.physical_rows for fragment in fragments)
+    if num_small <= FEW_FRAGMENTS and not num_holed:
+        return table
+    with lance_refusals(table.uri):
+        table.optimize.compact_files(
+            target_rows_per_fragment=rows,
+            materialize_deletions=True,
+            materialize_deletions_threshold=0.1,
+            max_source_bytes=COMPACT_BYTES,
+            num_threads=1,
+        )
+    return open_table(table.uri)
+
+
 def sweep_versions(table_uri: str, kept: Iterable[int]) -> None:
     """Remove the versions of the table that nobody needs, with the files that only these refer to.
 
-    Kept are the latest version and those in `kept`, which get a tag. Files that no version refers to, as a
-    killed task leaves them, go when they are a week old: until then they might be those of a commit to come.
+    Kept are the latest version and those in `kept`, which get a tag; tags of others go. Files that no version
+    refers to, as a killed task leaves them, go when they are a week old: until then they might be those of a
+    commit to come.
     """
     table = require_table(table_uri)
     with lance_refusals(table_uri):
-        tags = table.tags.list()
-        for version in kept:
-            if f"v{version}" not in tags:
-                table.tags.create(f"v{version}", version)
+        tagged, wanted = set(table.tags.list()), {f"v{version}": version for version in kept}
+        for name in wanted.keys() - tagged:
+            table.tags.create(name, wanted[name])
+        for name in tagged - wanted.keys():
+            table.tags.delete(name)
         table.cleanup_old_versions(older_than=datetime.timedelta(0), error_if_tagged_old_versions=False)
 
 

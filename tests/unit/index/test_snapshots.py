@@ -9,7 +9,16 @@ import lance
 import pytest
 
 from for_ray.errors import DataError, StorageError
-from for_ray.index.snapshots import by_id, latest, list_snapshots, publish
+from for_ray.index.snapshots import (
+    Published,
+    by_id,
+    choose_expired,
+    expire,
+    latest,
+    list_published,
+    list_snapshots,
+    publish,
+)
 from for_ray.schema import Codec, Layout, Segment, Snapshot
 
 
@@ -165,3 +174,50 @@ def test_a_record_of_another_version_is_refused_in_one_line(layout, snapshot):
     with pytest.raises(DataError) as caught:
         latest(layout)
     one_line(caught, "snapshot 1 of", "shards", "another version of for_ray")
+
+
+DAY = datetime.timedelta(days=1)
+NOON = datetime.datetime(2026, 11, 22, 12, tzinfo=datetime.UTC)
+
+
+def published_at(*days: float) -> list[Published]:
+    """Snapshots 1, 2, … of these days before noon."""
+    return [Published(number, NOON - day * DAY, "f") for number, day in enumerate(days, start=1)]
+
+
+@pytest.mark.parametrize(
+    ("days", "keep_snapshots", "keep_days", "expired"),
+    [
+        ([], 1, 0, set()),
+        ([9], 1, 0, set()),  # the latest stays, however old
+        ([3, 2, 1], 1, 0, {1, 2}),
+        ([3, 2, 1], 2, 0, {1}),
+        ([3, 2, 1], 1, 7, set()),
+        ([30, 20, 1], 1, 7, {1}),  # the second was the latest until yesterday
+        ([30, 20, 1], 1, 1, {1, 2}),
+        ([30, 20, 1], 3, 0, set()),
+        ([5, 5, 5, 0], 2, 0.5, {1, 2}),
+    ],
+)
+def test_what_expires(days, keep_snapshots, keep_days, expired):
+    published = published_at(*days)
+    found = choose_expired(published, keep_snapshots=keep_snapshots, keep_days=keep_days, now=NOON)
+    assert found == expired
+
+
+def test_expired_snapshots_leave_the_list_and_ids_go_on(layout, snapshot):
+    for _ in range(4):
+        publish(layout, snapshot)
+    expire(layout, {1, 3})
+    assert [each.snapshot_id for each in list_published(layout)] == [2, 4]
+    assert latest(layout).snapshot_id == 4
+    with pytest.raises(DataError, match="has no snapshot 3; the last ones are 2, 4"):
+        by_id(layout, 3)
+    assert publish(layout, snapshot).snapshot_id == 5
+    expire(layout, ())
+    assert [each.snapshot_id for each in list_published(layout)] == [2, 4, 5]
+
+
+def test_nothing_to_list_and_nothing_to_expire(layout):
+    assert list_published(layout) == []
+    expire(layout, {1})

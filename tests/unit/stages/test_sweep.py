@@ -1,0 +1,161 @@
+"""The sweep on a planted index: what no kept snapshot needs goes, and nothing else does."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import lance
+import numpy as np
+import pytest
+
+from for_ray.errors import StageError
+from for_ray.index import snapshots, table
+from for_ray.index.table import require_table
+from for_ray.retrieval import open_index
+from for_ray.stages.sweep import sweep
+from for_ray.storage import Lease
+from tests.planted import Planted, PlantedIndex
+
+
+@pytest.fixture
+def grown(planted_index: PlantedIndex) -> PlantedIndex:
+    """Three snapshots, a segment more in each; image 1 is gone in the second and the third."""
+    index = planted_index
+    for number in range(3):
+        vectors = np.random.default_rng(number).normal(size=(20, index.bundle.dim))
+        vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+        images = [Planted(f"/{number}/{row}.jpg", vectors[row : row + 1]) for row in range(20)]
+        index.add(images, deleted=[1] if number == 1 else [])
+        index.publish(deleted=[1] if number else [])
+    return index
+
+
+def run_sweep(index: PlantedIndex, *, keep_snapshots: int = 1, keep_days: float = 0) -> tuple[int, int]:
+    with Lease.acquire(index.layout.lease_uri, "the test") as lease:
+        return tuple(sweep(index.layout, lease, keep_snapshots=keep_snapshots, keep_days=keep_days))
+
+
+def ids(index: PlantedIndex) -> list[int]:
+    return [each.snapshot_id for each in snapshots.list_published(index.layout)]
+
+
+def versions(index: PlantedIndex) -> set[int]:
+    return {each["version"] for each in lance.dataset(index.images_uri).versions()}
+
+
+def answer(index: PlantedIndex, snapshot_id: int) -> list[tuple[str, float]]:
+    opened = open_index(index.uri, snapshot_id=snapshot_id)
+    query = np.eye(index.bundle.dim, dtype=np.float32)[0]
+    return [(hit.uri, hit.score) for hit in opened.search_vector(query, k=100)]
+
+
+def test_nothing_that_a_kept_snapshot_needs_goes(grown: PlantedIndex) -> None:
+    before = {number: answer(grown, number) for number in (2, 3)}
+    assert run_sweep(grown, keep_snapshots=2) == (1, 0)  # its one segment is the others' first
+    assert ids(grown) == [2, 3]
+    assert {number: answer(grown, number) for number in (2, 3)} == before
+    kept = {each.images_version for each in snapshots.list_snapshots(grown.layout)}
+    assert versions(grown) == kept
+
+
+def test_days_keep_what_the_count_would_not(grown: PlantedIndex) -> None:
+    assert run_sweep(grown, keep_days=36_500)[0] == 0
+    assert ids(grown) == [1, 2, 3]
+
+
+def test_a_search_that_is_open_goes_on_while_its_snapshot_stays(grown: PlantedIndex) -> None:
+    opened = open_index(grown.uri, snapshot_id=2)
+    query = np.eye(grown.bundle.dim, dtype=np.float32)[0]
+    before = opened.search_vector(query, k=40)
+    run_sweep(grown, keep_snapshots=2)
+    assert opened.search_vector(query, k=40) == before
+    assert len(before) == 39
+
+
+def test_segments_that_nobody_names_any_more_go(grown: PlantedIndex) -> None:
+    last = snapshots.latest(grown.layout)
+    merged = last.model_copy(update={"segments": last.segments[1:]})
+    snapshots.publish(grown.layout, merged)
+    foreign = grown.segment_path("segment-of-a-dead-run.faiss")
+    foreign.write_bytes(b"half")
+    assert run_sweep(grown) == (3, 2)
+    names = {path.name for path in foreign.parent.iterdir()}
+    assert names == {"segment-1.faiss", "segment-2.faiss", last.codec.file_name}
+
+
+def test_an_encoder_goes_with_its_last_snapshot(grown: PlantedIndex, tmp_path: Path) -> None:
+    other = "0" * 16
+    folder = Path(grown.layout.encoder_uri(other))
+    shutil.copytree(Path(grown.layout.encoder_uri(grown.bundle.fingerprint)), folder)
+    last = snapshots.latest(grown.layout)
+    snapshots.publish(grown.layout, last.model_copy(update={"fingerprint": other}))
+    unpublished = Path(grown.layout.encoder_uri("1" * 16))
+    shutil.copytree(folder, unpublished)
+    run_sweep(grown, keep_snapshots=2)
+    assert ids(grown) == [3, 4]
+    assert Path(grown.layout.encoder_uri(grown.bundle.fingerprint)).exists()
+    run_sweep(grown)
+    assert ids(grown) == [4]
+    assert not Path(grown.layout.encoder_uri(grown.bundle.fingerprint)).exists()
+    assert require_table(grown.layout.images_uri(other), version=last.images_version).count_rows() == 59
+    assert unpublished.exists()  # a run may have died while it built it
+
+
+def test_a_sweep_that_died_is_done_again(grown: PlantedIndex, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = "0" * 16
+    shutil.copytree(
+        Path(grown.layout.encoder_uri(grown.bundle.fingerprint)), Path(grown.layout.encoder_uri(other))
+    )
+    last = snapshots.latest(grown.layout)
+    snapshots.publish(grown.layout, last.model_copy(update={"fingerprint": other}))
+
+    def die(*_: object) -> None:
+        raise StageError("lease", "lost")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(snapshots, "expire", die)
+        with pytest.raises(StageError):
+            run_sweep(grown)
+    assert ids(grown) == [1, 2, 3, 4]
+    assert run_sweep(grown)[0] == 3
+    assert ids(grown) == [4]
+
+
+def test_what_runs_hand_to_their_workers_goes(grown: PlantedIndex) -> None:
+    left = Path(grown.layout.work_uri("dead")) / "gap-000000.parquet"
+    left.parent.mkdir(parents=True)
+    left.write_bytes(b"rows")
+    run_sweep(grown, keep_snapshots=9)
+    assert not left.exists()
+
+
+def test_compaction_keeps_ids_and_what_old_versions_hold(grown: PlantedIndex) -> None:
+    images = table.open_table(grown.images_uri)
+    before = {row["uri"]: row for row in images.to_table(with_row_id=True).to_pylist()}
+    assert table.compact(images, rows=1) is not None
+    # One file in twenty of the rows is gone: no reason yet. A tenth is.
+    assert table.open_table(grown.images_uri).version == images.version
+    table.delete_images(images, np.arange(2, 10))
+    gone = {f"/0/{row}.jpg" for row in range(2, 10)}
+    compacted = table.compact(images, rows=1)
+    after = {row["uri"]: row for row in compacted.to_table(with_row_id=True).to_pylist()}
+    assert after == {uri: row for uri, row in before.items() if uri not in gone}
+    assert sum(fragment.num_deletions for fragment in compacted.get_fragments()) == 0
+    run_sweep(grown, keep_snapshots=3)
+    first = snapshots.by_id(grown.layout, 1)
+    assert table.open_table(grown.images_uri, version=first.images_version).count_rows() == 20
+
+
+def test_many_small_files_become_few(planted_index: PlantedIndex) -> None:
+    vector = np.eye(planted_index.bundle.dim)[:1]
+    for number in range(table.FEW_FRAGMENTS + 1):
+        rows = [Planted(f"/{number}/{row}.jpg", vector) for row in range(3)]
+        planted_index.append(rows)
+        images = table.open_table(planted_index.images_uri)
+        if number + 1 <= table.FEW_FRAGMENTS:
+            assert table.compact(images, rows=50) is images
+    before = images.to_table(with_row_id=True).to_pylist()
+    compacted = table.compact(images, rows=50)
+    assert len(compacted.get_fragments()) <= 3
+    assert compacted.to_table(with_row_id=True).to_pylist() == before
