@@ -1,6 +1,7 @@
 """Keep an index of a folder or bucket of images up to date; `--help` lists the settings.
 
 python jobs/index.py --images s3://bucket/images --index s3://bucket/index
+python jobs/index.py --index s3://bucket/index --list-snapshots | --rollback 12 | --verify | --show-quarantine
 ray job submit --working-dir . -- python jobs/index.py --images … --index …
 """
 
@@ -27,8 +28,15 @@ def main(arguments: list[str]) -> int:
 def _run(arguments: list[str]) -> None:
     settings = read_settings(IndexSettings, arguments)
 
-    from for_ray.pipeline.index import run_index
     from for_ray.stages.progress import Progress
+
+    if settings.upkeep:
+        from for_ray.pipeline.upkeep import run_upkeep
+
+        run_upkeep(settings, progress=Progress())
+        return
+
+    from for_ray.pipeline.index import run_index
     from for_ray.stages.report import print_summary
 
     summary = run_index(settings, progress=Progress())

@@ -1,0 +1,153 @@
+"""What may be done to an index besides a run: list its snapshots, go back to one, check it, see what is bad.
+
+Only a rollback writes, and only one row: it publishes an old snapshot once more.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import re
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from for_ray.config import IndexSettings
+from for_ray.errors import ConfigError, DataError, StageError
+from for_ray.index import snapshots, table
+from for_ray.model.bundle import open_bundle
+from for_ray.pipeline.queries import recall_queries
+from for_ray.schema import Codec, Layout, Segment, Snapshot
+from for_ray.stages.cluster import Cluster
+from for_ray.stages.progress import Progress
+from for_ray.stages.report import print_problems, print_quarantine, print_snapshots
+from for_ray.storage import Lease, canonical_uri, list_objects, stat
+
+_BUNDLE = re.compile(r".*/encoder-(?P<fingerprint>[0-9a-f]+)/bundle/encoder\.toml")
+
+
+def run_upkeep(settings: IndexSettings, *, progress: Progress) -> None:
+    """Do what `settings.upkeep` names, and print what came of it.
+
+    Raises:
+        ConfigError: There is nothing to go back to.
+        DataError: Nothing was published, or there is no such snapshot.
+        StorageError: The store refused.
+        StageError: The index is not what it should be; what is wrong was printed.
+    """
+    layout = Layout(canonical_uri(settings.index))
+    if settings.upkeep == "list_snapshots":
+        print_snapshots(list(snapshots.list_snapshots(layout)), json=settings.json_)
+    elif settings.upkeep == "show_quarantine":
+        _show_quarantine(layout, settings)
+    elif settings.upkeep == "verify":
+        _verify(layout, settings, progress)
+    elif settings.rollback is not None:
+        restored = roll_back(layout, settings.rollback)
+        progress.say(
+            f"published snapshot {restored.snapshot_id}, which is snapshot {restored.restores} again; the "
+            "next run publishes what it finds then"
+        )
+
+
+def roll_back(layout: Layout, snapshot_id: int) -> Snapshot:
+    """Publish a snapshot once more: searches that open the index from now on see it.
+
+    The table of images is left as it is, so that nothing has to be encoded again: the next run closes the gap
+    between the bucket and the index as always, and publishes that.
+
+    Raises:
+        ConfigError: It is what searches see already, or another run writes.
+        DataError: There is no such snapshot, or a file of it is missing.
+        StorageError: The store refused.
+    """
+    wanted = snapshots.by_id(layout, snapshot_id)
+    with Lease.acquire(layout.lease_uri, f"jobs/index.py --rollback {snapshot_id}") as lease:
+        if _content(wanted) == _content(snapshots.latest(layout)):
+            raise ConfigError(f"snapshot {snapshot_id} is what searches of {layout.index_uri} see already")
+        _check_files(layout, wanted)
+        lease.check()
+        now = datetime.datetime.now(datetime.UTC)
+        restores = wanted.restores or wanted.snapshot_id
+        return snapshots.publish(layout, wanted.model_copy(update={"created_at": now, "restores": restores}))
+
+
+def _content(snapshot: Snapshot) -> dict[str, Any]:
+    return snapshot.model_dump(exclude={"snapshot_id", "created_at", "restores"})
+
+
+def _check_files(layout: Layout, snapshot: Snapshot) -> None:
+    """Raise unless all that a snapshot names is there; `--verify` looks closer."""
+    table.require_table(layout.images_uri(snapshot.fingerprint), version=snapshot.images_version)
+    parts: list[Segment | Codec] = [*snapshot.segments, *([snapshot.codec] if snapshot.codec else [])]
+    for part in parts:
+        found = stat(layout.segment_uri(snapshot.fingerprint, part.file_name))
+        if found.size_bytes != part.num_bytes:
+            raise DataError(
+                f"{found.uri} has {found.size_bytes} bytes, expected {part.num_bytes}; "
+                "choose another snapshot"
+            )
+
+
+def _verify(layout: Layout, settings: IndexSettings, progress: Progress) -> None:
+    from for_ray.stages.audit import audit_index
+
+    snapshot = snapshots.latest(layout)
+    with (
+        contextlib.ExitStack() as stack,
+        tempfile.TemporaryDirectory(prefix="for-ray-") as folder,
+        progress.stage("verify") as update,
+    ):
+        problems = audit_index(
+            layout,
+            snapshot,
+            cluster=Cluster(stack),
+            queries=recall_queries(layout, snapshot.fingerprint),
+            cache_path=Path(folder),
+            on_progress=update,
+        )
+    print_problems(problems, json=settings.json_)
+    if problems:
+        count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
+        raise StageError(
+            "verify", f"snapshot {snapshot.snapshot_id} of {layout.index_uri} has {count}: see above"
+        )
+    progress.say(
+        f"snapshot {snapshot.snapshot_id} is sound: {snapshot.indexed:,} images indexed, "
+        f"{snapshot.quarantined:,} quarantined, {snapshot.num_vectors:,} vectors in "
+        f"{len(snapshot.segments)} segments"
+    )
+
+
+def _show_quarantine(layout: Layout, settings: IndexSettings) -> None:
+    """Of the table as it is now: a run that was stopped by too many bad images published nothing."""
+    images = table.require_table(layout.images_uri(_fingerprint(layout, settings)))
+    print_quarantine(table.worst_causes(images), table.scan_quarantined(images), json=settings.json_)
+
+
+def _fingerprint(layout: Layout, settings: IndexSettings) -> str:
+    """Of the encoder that was asked for, or that is published, or of the only one that is there."""
+    if settings.encoder is not None:
+        return open_bundle(
+            settings.encoder,
+            head=settings.head,
+            num_slots=settings.num_slots,
+            image_size=settings.image_size,
+            keep_threshold=settings.keep_threshold,
+        ).fingerprint
+    published = snapshots.list_published(layout)
+    if published:
+        return published[-1].fingerprint
+    found = {
+        match["fingerprint"]
+        for page in list_objects(layout.index_uri)
+        for entry in page
+        if (match := _BUNDLE.fullmatch(entry.uri))
+    }
+    if not found:
+        raise DataError(f"{layout.index_uri} is no index; check the uri, or run jobs/index.py on it")
+    if len(found) > 1:
+        raise ConfigError(
+            f"{layout.index_uri} has {len(found)} encoders and no snapshot; say which: --encoder"
+        )
+    return found.pop()
