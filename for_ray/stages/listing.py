@@ -188,7 +188,7 @@ class _Source:
         if not tars:
             return
         with ThreadPoolExecutor(NUM_TAR_READERS) as pool:
-            for tar, members in zip(tars, pool.map(lambda tar: list(list_members(tar)), tars), strict=True):
+            for tar, members in zip(tars, pool.map(_last_members, tars), strict=True):
                 is_member = [self._is_member(tar, member) for member in members]
                 yield from self._rows(
                     [m for m, is_wanted in zip(members, is_member, strict=True) if is_wanted]
@@ -214,6 +214,11 @@ class _Source:
             yield pa.record_batch(
                 [list(column) for column in zip(*named, strict=True)], schema=LISTING_SCHEMA
             )
+
+
+def _last_members(tar: Entry) -> list[Entry]:
+    """The members of a tar; of those with one name the last, as unpacking it would leave them."""
+    return list({member.uri: member for member in list_members(tar)}.values())
 
 
 def _is_text(name: str) -> bool:

@@ -119,7 +119,7 @@ def read_bytes(path: Path, etag: str | None, start: int, length: int | None, max
                 raise ObjectChanged(f"{shown(str(path))} has changed since it was listed; run again")
             if length is None and max_bytes is not None and status.st_size - start > max_bytes:
                 raise DataError(
-                    f"{shown(str(path))} has {status.st_size} bytes; at most {max_bytes} are read"
+                    f"{shown(str(path))} is too large: {status.st_size} bytes, at most {max_bytes} are read"
                 )
             file.seek(start)
             return _read(file.fileno(), length)

@@ -108,7 +108,7 @@ def read_bytes(
     else:
         content = disk.read_bytes(local_path(uri), etag, start or 0, length, max_bytes)
     if length is not None and len(content) < length:
-        raise DataError(f"{shown(uri)} ends {length - len(content)} bytes too early")
+        raise DataError(f"{shown(uri)} ends too early: {length - len(content)} bytes are missing")
     return content
 
 

@@ -2,7 +2,8 @@
 
 A member's uri is `<tar uri>#<member name>`, its etag `<tar etag>@<offset>+<length>`. What reads it needs
 nothing but these two. A damaged tar is listed as one more entry, under the tar's own uri, so that it is
-quarantined with its reason like a broken image, and the members before the damage are kept.
+quarantined with its reason like a broken image, and the members before the damage are kept. So is a tar with
+`.tar#` in its own uri, whose members could not be told from those of another.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ MAX_IMAGE_BYTES = 1 << 28
 
 _MEMBER = re.compile(r"(?P<etag>.*)@(?P<offset>\d+)\+(?P<length>\d+)", re.DOTALL)
 _DAMAGED = re.compile(r".*@damaged\+(?P<offset>\d+)", re.DOTALL)
+_AMBIGUOUS = "@ambiguous"
 _TAR_END = re.compile(r"\.tar#", re.IGNORECASE)
 _BLOCK = 512
 
@@ -35,9 +37,9 @@ def read_image(uri: str, etag: str, *, max_bytes: int = MAX_IMAGE_BYTES) -> byte
         StorageError: The store refused, or could not be reached after several tries.
     """
     if damage := _DAMAGED.fullmatch(etag):
-        raise DataError(
-            f"{shown(uri)} is damaged at byte {damage['offset']}: what lies behind it cannot be read"
-        )
+        raise DataError(f"{shown(uri)} is damaged: what lies behind byte {damage['offset']} cannot be read")
+    if etag.endswith(_AMBIGUOUS):
+        raise DataError(f"{shown(uri)} has .tar# in its name: that marks members of a tar; rename it")
     member = _MEMBER.fullmatch(etag)
     if member is None:
         return read_bytes(uri, etag=etag, max_bytes=max_bytes)
@@ -46,7 +48,7 @@ def read_image(uri: str, etag: str, *, max_bytes: int = MAX_IMAGE_BYTES) -> byte
         raise DataError(f"{shown(uri)} has the etag of a tar member, but names no .tar file")
     offset, length = int(member["offset"]), int(member["length"])
     if length > max_bytes:
-        raise DataError(f"{shown(uri)} has {length} bytes; at most {max_bytes} are read")
+        raise DataError(f"{shown(uri)} is too large: {length} bytes, at most {max_bytes} are read")
     return read_bytes(uri[: end.end() - 1], etag=member["etag"], start=offset, length=length)
 
 
@@ -58,11 +60,11 @@ def list_members(tar: Entry) -> Iterator[Entry]:
 
     Raises:
         ObjectChanged: The tar was replaced meanwhile.
-        DataError: Its uri cannot be told apart from a member's.
         StorageError: The store refused.
     """
     if _TAR_END.search(tar.uri):
-        raise DataError(f"{shown(tar.uri)} has .tar# in its name, which marks members; rename it")
+        yield Entry(tar.uri, f"{tar.etag}{_AMBIGUOUS}", tar.size_bytes)
+        return
     position = 0
     with _open(tar) as file:
         try:

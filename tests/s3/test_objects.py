@@ -74,11 +74,11 @@ def test_ranges(bucket_uri):
     assert read_bytes(uri, start=3, length=4, etag=etag) == b"3456"
     assert read_bytes(uri, start=8) == b"89"
     assert read_bytes(uri, length=2) == b"01"
-    with pytest.raises(DataError, match="ends 2 bytes too early"):
+    with pytest.raises(DataError, match="ends too early: 2 bytes are missing"):
         read_bytes(uri, start=8, length=4)
     with pytest.raises(DataError, match="is shorter than its listing says"):
         read_bytes(uri, start=50, length=4)
-    with pytest.raises(DataError, match="has 10 bytes; at most 9 are read"):
+    with pytest.raises(DataError, match="is too large: 10 bytes, at most 9 are read"):
         read_bytes(uri, max_bytes=9)
 
 

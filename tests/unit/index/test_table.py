@@ -140,10 +140,21 @@ def test_causes_are_counted_without_their_numbers(images):
     assert table.count_images(later) == (5, 4)
     broken = Cause(cause="broken JPEG", count=2, examples=("c", "g"))
     too_many = Cause(cause="too many pixels", count=1, examples=("h",))
-    assert table.worst_causes(later)[::2] == [broken, too_many]
+    empty = Cause(cause="the file is empty", count=1, examples=("i",))
+    assert table.worst_causes(later) == [broken, empty, too_many]
     assert table.worst_causes(later, limit=1, num_examples=1) == [
         broken.model_copy(update={"examples": ("c",)})
     ]
+
+
+def test_causes_do_not_name_the_image(images):
+    uris = ["s3://b/g", "s3://b/h\n.tar#i"]
+    errors = ["s3://b/g is too large: 9 bytes", r"s3://b/h\n.tar is too large: 8 bytes"]
+    part = rows("gh", counts=[0, 0])
+    for name, values in (("uri", uris), ("error", errors)):
+        part = part.set_column(part.schema.names.index(name), part.schema.field(name), pa.array(values))
+    later = table.append(images, table.write_fragments(part, images.uri))
+    assert table.worst_causes(later)[0] == Cause(cause="is too large", count=2, examples=tuple(uris))
 
 
 def test_new_metadata_columns_are_null_in_old_rows(images):

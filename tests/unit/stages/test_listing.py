@@ -124,8 +124,26 @@ def test_a_damaged_tar_is_a_row_that_cannot_be_read(images, tmp_path):
     (images / "a.tar").write_bytes((images / "a.tar").read_bytes()[:1100])
     rows = rows_of(write_listing(str(images), tmp_path / "rows"))
     assert [str(row["uri"]).removeprefix(f"{images}/") for row in rows] == ["a.tar", "a.tar#b.jpg"]
-    with pytest.raises(DataError, match=r"a\.tar is damaged at byte 1024"):
+    with pytest.raises(DataError, match=r"a\.tar is damaged: what lies behind byte 1024 "):
         read_image(rows[0]["uri"], rows[0]["etag"])
+
+
+def test_a_tar_with_an_odd_name_does_not_keep_others_from_being_listed(images, tmp_path):
+    write_tar(images / "a.tar#1.tar", "b.jpg")
+    write_tar(images / "c.tar", "b.jpg")
+    listed = write_listing(str(images), tmp_path / "rows")
+    assert names_of(listed, images) == {"a.tar#1.tar", "c.tar#b.jpg"}
+
+
+def test_of_members_of_one_name_the_last_is_listed_as_tar_extracts_it(images, tmp_path):
+    images.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(images / "a.tar", "w") as archive:
+        for content in (b"first", b"second"):
+            header = tarfile.TarInfo("b.jpg")
+            header.size = len(content)
+            archive.addfile(header, io.BytesIO(content))
+    [row] = rows_of(write_listing(str(images), tmp_path / "rows"))
+    assert read_image(row["uri"], row["etag"]) == b"second"
 
 
 def write_manifest(path: Path, *uris: str, **columns: object) -> None:

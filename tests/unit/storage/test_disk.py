@@ -130,9 +130,9 @@ def test_ranges(tmp_path):
     assert read_bytes(path, start=8) == b"89"
     assert read_bytes(path, length=2) == b"01"
     assert read_bytes(path, start=99, length=0) == b""
-    with pytest.raises(DataError, match="ends 2 bytes too early"):
+    with pytest.raises(DataError, match="ends too early: 2 bytes are missing"):
         read_bytes(path, start=8, length=4)
-    with pytest.raises(DataError, match="has 10 bytes; at most 9 are read"):
+    with pytest.raises(DataError, match="is too large: 10 bytes, at most 9 are read"):
         read_bytes(path, max_bytes=9)
     assert len(read_bytes(path, max_bytes=10)) == 10
 
