@@ -64,7 +64,7 @@ def bound_by(report: RunReport) -> str:
     """What kept the run from being over sooner, and what helps; some sentences of plain text.
 
     That is the stage that took longest. Of the encode stage it is what its actors lacked: where they were not
-    there for half of it, their start; where they waited for more than half of their time, images to encode
+    ready for half of it, their start; where they waited for more than half of their time, images to encode
     or, if that is the slower one, workers that write; else speed of their own.
     """
     seconds: dict[str, float] = defaultdict(float)
@@ -86,11 +86,10 @@ def _encode_bound(work: WorkTime | None, seconds: float) -> str:
     if work is None or work.wait_seconds + work.encode_seconds <= 0:
         return "What its workers did is not known."
     present = work.wait_seconds + work.encode_seconds
-    possible = work.num_actors * seconds
-    if present < possible / 2:
+    if present < work.num_actors * seconds / 2:
         return (
-            f"In it, the start of the actors: they were there for {present / possible:.0%} of the time. "
-            "Nodes that are up already help, and more actors from the start on (--min-actors)."
+            f"In it, the start of the actors: of up to {work.num_actors:,}, {present / seconds:.1f} were "
+            "ready on average. Nodes that are up already help, and more actors from the start on (--min-actors)."
         )
     waited = f"the actors waited for {work.wait_seconds / present:.0%} of their time"
     if work.wait_seconds > present / 2:

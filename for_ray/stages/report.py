@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import os
 import sys
 from collections.abc import Iterable, Sequence
 from itertools import islice
@@ -134,7 +135,7 @@ def print_snapshots(snapshots: Sequence[Snapshot], *, json: bool, stream: TextIO
     stream = stream or sys.stdout
     current = max((snapshot.snapshot_id for snapshot in snapshots), default=0)
     if json:
-        _print_json(map(_snapshot_record, snapshots), stream)
+        _print_lines((dumps(_snapshot_record(each)) for each in snapshots), stream)
         return
     if not snapshots:
         print("no snapshot was published yet", file=stream)
@@ -203,7 +204,7 @@ def print_quarantine(
     stream, rows = stream or sys.stdout, iter(rows)
     chosen = islice(rows, limit)
     if json:
-        _print_json(({"uri": uri, "error": error} for uri, error in chosen), stream)
+        _print_lines((dumps({"uri": uri, "error": error}) for uri, error in chosen), stream)
         return
     total = sum(cause.count for cause in causes)
     if not total:
@@ -212,25 +213,24 @@ def print_quarantine(
     counted = [[f"{cause.count:,}", shown(cause.cause)] for cause in causes]
     _print_table(["images", "cause"], counted, texts=("cause",), stream=stream)
     print(file=stream)
-    for uri, error in chosen:
-        print(f"{shown(uri)} → {shown(error)}", file=stream)
+    _print_lines((f"{shown(uri)} → {shown(error)}" for uri, error in chosen), stream)
     if next(rows, None) is not None:
         print(f"… of {total:,} images, {limit:,} are shown", file=stream)
 
 
 def print_problems(problems: Iterable[str], *, json: bool = False, stream: TextIO | None = None) -> None:
     """Print what is wrong with an index, one problem a line; as JSON, `problem` of an object a line."""
-    stream = stream or sys.stdout
-    if json:
-        _print_json(({"problem": problem} for problem in problems), stream)
-        return
-    for problem in problems:
-        print(shown(problem), file=stream)
+    lines = (dumps({"problem": problem}) if json else shown(problem) for problem in problems)
+    _print_lines(lines, stream or sys.stdout)
 
 
-def _print_json(records: Iterable[dict[str, object]], stream: TextIO) -> None:
-    for record in records:
-        print(dumps(record), file=stream)  # ASCII, whatever a name holds
+def _print_lines(lines: Iterable[str], stream: TextIO) -> None:
+    try:
+        for line in lines:
+            print(line, file=stream)
+        stream.flush()
+    except BrokenPipeError:  # `head` has seen enough; what is buffered has to go somewhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _print_table(

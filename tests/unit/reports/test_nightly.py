@@ -159,7 +159,7 @@ def work(**changes) -> WorkTime:
         ),
         (
             work(wait_seconds=0.0, encode_seconds=10.0),
-            "the start of the actors: they were there for 12% of the time.",
+            "the start of the actors: of up to 2, 0.2 were ready on average.",
         ),
         (work(wait_seconds=0.0, encode_seconds=0.0), "What its workers did is not known."),
         (None, "What its workers did is not known."),

@@ -5,6 +5,8 @@ from __future__ import annotations
 import datetime
 import io
 import json
+import subprocess
+import sys
 from itertools import count
 
 import pytest
@@ -131,6 +133,20 @@ def test_images_are_printed_as_they_come(as_json):
     with pytest.raises(FullError):
         print_quarantine([Cause(cause="empty", count=1)], endless, json=as_json, stream=Narrow())
     assert next(endless)[0] in {"/7", "/8", "/11"}
+
+
+def test_whoever_reads_may_stop_early():
+    script = (
+        "from for_ray.stages.report import print_problems; import itertools;"
+        "print_problems(str(number) for number in itertools.islice(itertools.count(), 100_000))"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout.readline() == "0\n"
+        process.stdout.close()
+        assert process.stderr.read() == ""
+        assert process.wait(60) == 0
 
 
 def test_a_limit_says_what_it_leaves_out():
