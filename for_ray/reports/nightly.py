@@ -89,7 +89,7 @@ def _encode_bound(work: WorkTime | None, seconds: float) -> str:
     if present < work.num_actors * seconds / 2:
         return (
             f"In it, the start of the actors: of up to {work.num_actors:,}, {present / seconds:.1f} were "
-            "ready on average. Nodes that are up already help, and more actors from the start on (--min-actors)."
+            "ready on average. Nodes that are up already help, and more actors from the start (--min-actors)."
         )
     waited = f"the actors waited for {work.wait_seconds / present:.0%} of their time"
     if work.wait_seconds > present / 2:
