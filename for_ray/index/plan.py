@@ -130,7 +130,7 @@ def _choose_factory(codec: str | None, *, num_vectors: int, dim: int, sample: in
     if codec is None:
         codec = "IVF,Flat" if num_vectors < FLAT_BELOW else f"{_rotation(dim)},IVF,RaBitQ4"
     found = re.fullmatch(r"((?:[^,]+,)?)IVF(\d*)(_[^,]+)?,([^,]+)", codec)
-    if found is None or re.search(r"fsr?\b|fs\d|Refine|RFlat|IMI|IDMap", codec):
+    if found is None or re.search(r"fsr?\b|fs\d|Refine|RFlat|IMI|IDMap|Panorama", codec):
         raise ConfigError(_refusal(codec))
     before, wanted, coarse, code = found.groups()
     if wanted:
@@ -157,6 +157,8 @@ def _refusal(codec: str) -> str:
         why = "is a FastScan type, whose merging corrupts memory (faiss 1.15.1)"
     elif re.search(r"Refine|RFlat", codec):
         why = "refines by itself, and candidates are re-ranked exactly anyway"
+    elif "Panorama" in codec:
+        why = "interleaves the values of several vectors, so that its lists cannot be merged"
     return f"codec {codec!r} {why}; use a factory string like 'HR,IVF,RaBitQ4', 'IVF,SQ8' or 'IVF4096,Flat'"
 
 

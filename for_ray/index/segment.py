@@ -24,12 +24,13 @@ LENGTH_TOLERANCE = 0.01
 
 
 class SegmentFile(NamedTuple):
-    """What was written. `num_vectors` may be 0."""
+    """What was written. `num_vectors` may be 0; `imbalance` is as in `schema.Segment`, 1 without vectors."""
 
     path: Path
     num_vectors: int
     num_bytes: int
     sha256: str
+    imbalance: float
 
 
 def build_segment(
@@ -65,7 +66,32 @@ def build_segment(
             index.add_with_ids(chunk, chunk_ids)
         ids.append(vector_ids)
     _check_unique(np.concatenate(ids))
-    return _write(index, path)
+    return write_segment(index, path)
+
+
+def write_segment(index: faiss.Index, path: Path) -> SegmentFile:
+    """Write an index; the file appears only when it is whole.
+
+    Raises:
+        StorageError: The disk refused to take the file.
+    """
+    part = path.with_name(path.name + ".part")
+    try:
+        faiss.write_index(index, str(part))
+        with part.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            os.fsync(file.fileno())
+        num_bytes = part.stat().st_size
+        part.replace(path)
+    except (RuntimeError, OSError) as error:
+        part.unlink(missing_ok=True)
+        reason = " ".join(str(error).rsplit("Error: ", 1)[-1].split())
+        raise StorageError(
+            f"cannot write segment {path}: {reason}; free space or choose another disk"
+        ) from error
+    lists = faiss.extract_index_ivf(index).invlists
+    imbalance = float(lists.imbalance_factor()) if index.ntotal else 1.0
+    return SegmentFile(path, int(index.ntotal), num_bytes, digest, imbalance)
 
 
 def _check_shapes(vector_ids: NDArray[np.int64], vectors: NDArray[np.floating], *, dim: int) -> None:
@@ -98,21 +124,3 @@ def _check_unique(vector_ids: NDArray[np.int64]) -> None:
 def _name(vector_id: np.int64) -> str:
     one = np.asarray(vector_id)
     return f"image {int(image_ids_of(one))}, slot {int(slots_of(one))}"
-
-
-def _write(index: faiss.Index, path: Path) -> SegmentFile:
-    part = path.with_name(path.name + ".part")
-    try:
-        faiss.write_index(index, str(part))
-        with part.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-            os.fsync(file.fileno())
-        num_bytes = part.stat().st_size
-        part.replace(path)
-    except (RuntimeError, OSError) as error:
-        part.unlink(missing_ok=True)
-        reason = " ".join(str(error).rsplit("Error: ", 1)[-1].split())
-        raise StorageError(
-            f"cannot write segment {path}: {reason}; free space or choose another disk"
-        ) from error
-    return SegmentFile(path, int(index.ntotal), num_bytes, digest)

@@ -7,7 +7,7 @@ that is retried writes the same file again; files of a run that died carry its i
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,19 +16,14 @@ import ray
 from numpy.typing import NDArray
 
 from for_ray.errors import StageError
+from for_ray.index.changes import GoneImages, find_gone
 from for_ray.index.codec import codec_record, codec_to_bytes, train_codec
-from for_ray.index.growth import is_outgrown
+from for_ray.index.growth import list_imbalance, why_retrain
 from for_ray.index.plan import IndexPlan, plan_index
 from for_ray.index.segment import build_segment
-from for_ray.index.table import (
-    count_held,
-    count_vectors,
-    missing_image_ids,
-    read_vectors,
-    require_table,
-    take_vectors,
-)
+from for_ray.index.table import Held, count_held, read_vectors, require_table, take_vectors
 from for_ray.schema import Codec, Segment, Snapshot
+from for_ray.stages.built import Built
 from for_ray.stages.cluster import Cluster
 from for_ray.stages.ranges import RangeJob, split_images
 from for_ray.storage import local_copy, upload, write_bytes
@@ -46,41 +41,26 @@ IMAGES_A_READ = 512
 TASK_RETRIES = 3
 
 
-class Built(NamedTuple):
-    """What a snapshot can be published of.
-
-    Attributes:
-        codec: None where there are no vectors.
-        segments: By image id.
-        deleted: Ids of images that segments hold and the table does not; ascending.
-        num_vectors: Of the images that the table holds.
-        nprobe: Where to begin measuring.
-        is_new: Whether there are other segments than the base has.
-    """
-
-    codec: Codec | None
-    segments: list[Segment]
-    deleted: NDArray[np.int64]
-    num_vectors: int
-    nprobe: int
-    is_new: bool
-
-
 def update_segments(
     job: RangeJob,
     base: Snapshot | None,
     *,
     cluster: Cluster,
     wanted: str | None,
+    floor: float,
     on_progress: Callable[[int], None],
 ) -> Built:
     """Build what the last snapshot's segments lack; all of them where its codec does not do any more.
 
+    What costs is what changed since the base, which may be any published state: images that are gone since
+    then are counted as dead where they lie, images behind its last segment are new.
+
     Args:
         job: What the tasks have to know.
-        base: The last snapshot of this encoder.
+        base: The snapshot of this encoder to go on from, as a rule the last one.
         cluster: Where the tasks run; left alone when there is nothing to build.
         wanted: The codec that the user asked for.
+        floor: The recall that is enough.
         on_progress: Called with the number of segments that are done.
 
     Raises:
@@ -89,36 +69,88 @@ def update_segments(
     """
     images = job.open_table()
     dim = images.schema.field("vectors").type.value_type.list_size
-    codec, segments = (base.codec, list(base.segments)) if base else (None, [])
-    first = max((segment.end_image_id for segment in segments), default=0)
-    deleted = missing_image_ids(images, 0, first)
-    added = count_held(images, first)
-    num_old = _count_left(job, base, deleted) if base else 0
-    plan = plan_index(num_old + added.num_vectors, dim, codec=wanted)
+    codec, segments, deleted = _carry_over(job, images, base) if base else _NOTHING
+    added = count_held(images, max((segment.end_image_id for segment in segments), default=0))
+    plan = plan_index(_num_live(segments) + added.num_vectors, dim, codec=wanted)
     if not plan.num_vectors:
-        return Built(codec, segments, deleted, 0, 1, is_new=False)
-    if codec is None or is_outgrown(codec, plan):
+        return Built(codec, *_NOTHING[1:], 0, 1, is_new=False, vectors_per_segment=plan.vectors_per_segment)
+    recall = base.recall_at_50 if base else None
+    reason = codec and why_retrain(codec, plan, segments, wanted=wanted, recall=recall, floor=floor)
+    if codec is None or reason:
         codec = _train_on(cluster, job, plan, wanted=wanted)
-        segments, first, deleted = [], 0, np.empty(0, np.int64)
+        _, segments, deleted = _NOTHING
         added = count_held(images, 0)
-    ranges = split_images(
-        first,
+    new = _build_all(cluster, job, codec, _ranges(segments, added, plan), on_progress=on_progress)
+    num_vectors = _num_live(segments) + added.num_vectors
+    segments = segments + new
+    if _num_live(segments) != num_vectors:
+        message = f"segments hold {_num_live(segments)} vectors of {num_vectors}; run again"
+        raise StageError("build", message)
+    return Built(
+        codec=_described(codec, segments, wanted=wanted),
+        segments=segments,
+        deleted=deleted,
+        num_vectors=num_vectors,
+        nprobe=plan.nprobe,
+        is_new=bool(new),
+        vectors_per_segment=plan.vectors_per_segment,
+        retrained=reason or None,
+    )
+
+
+class _Kept(NamedTuple):
+    """Of a base: its codec, its segments, and the ids of images that are dead in them, ascending."""
+
+    codec: Codec | None
+    segments: list[Segment]
+    deleted: NDArray[np.int64]
+
+
+_NOTHING = _Kept(None, [], np.empty(0, np.int64))
+
+
+def _carry_over(job: RangeJob, images: Any, base: Snapshot) -> _Kept:
+    """The base as the table sees it now: what has left the table since then is dead."""
+    if _num_live(base.segments) != base.num_vectors:
+        # A snapshot that does not say how much of its segments is dead: they are built again.
+        return _Kept(base.codec, [], np.empty(0, np.int64))
+    before = require_table(job.layout.images_uri(job.fingerprint), version=base.images_version)
+    gone = find_gone(before, images)
+    segments, is_inside = _count_dead(base.segments, gone)
+    known = np.asarray(base.deleted_image_ids, np.int64)
+    return _Kept(base.codec, segments, np.union1d(known, gone.image_ids[is_inside]))
+
+
+def _count_dead(segments: Sequence[Segment], gone: GoneImages) -> tuple[list[Segment], NDArray[np.bool_]]:
+    """The segments, each with the vectors of gone images added to its dead; and which images they hold."""
+    is_inside = np.zeros(len(gone.image_ids), bool)
+    counted = []
+    for segment in segments:
+        first, end = np.searchsorted(gone.image_ids, (segment.first_image_id, segment.end_image_id))
+        is_inside[first:end] = True
+        num_dead = segment.num_dead + int(gone.num_vectors[first:end].sum())
+        counted.append(segment.model_copy(update={"num_dead": num_dead}))
+    return counted, is_inside
+
+
+def _num_live(segments: Sequence[Segment]) -> int:
+    return sum(segment.num_live for segment in segments)
+
+
+def _ranges(segments: Sequence[Segment], added: Held, plan: IndexPlan) -> list[tuple[int, int]]:
+    """The ranges of image ids that get a segment each: of the images behind the last segment."""
+    return split_images(
+        max((segment.end_image_id for segment in segments), default=0),
         added.end,
         num_images=added.num_images if added.num_vectors else 0,
         images_per_segment=plan.vectors_per_segment * added.num_images // max(1, added.num_vectors),
     )
-    new = _build_all(cluster, job, codec, ranges, on_progress=on_progress)
-    num_built = sum(segment.num_vectors for segment in new)
-    if num_built != added.num_vectors:
-        raise StageError("build", f"segments hold {num_built} vectors of {added.num_vectors}; run again")
-    return Built(codec, segments + new, deleted, plan.num_vectors, plan.nprobe, is_new=bool(new))
 
 
-def _count_left(job: RangeJob, base: Snapshot, deleted: NDArray[np.int64]) -> int:
-    """Vectors of the base's images that are still in the table."""
-    gone = np.setdiff1d(deleted, np.asarray(base.deleted_image_ids, np.int64))
-    before = require_table(job.layout.images_uri(job.fingerprint), version=base.images_version)
-    return base.num_vectors - count_vectors(before, gone)
+def _described(codec: Codec, segments: Sequence[Segment], *, wanted: str | None) -> Codec:
+    """The codec with what was asked for now, and with what its lists are like once that can be told."""
+    imbalance = list_imbalance(segments, codec.nlist) if codec.imbalance is None else codec.imbalance
+    return codec.model_copy(update={"wanted": wanted, "imbalance": imbalance})
 
 
 def _train_on(cluster: Cluster, job: RangeJob, plan: IndexPlan, *, wanted: str | None) -> Codec:
@@ -228,4 +260,5 @@ def _build(job: RangeJob, codec: Codec, first: int, end: int, threads: int) -> d
         num_vectors=built.num_vectors,
         first_image_id=first,
         end_image_id=end,
+        imbalance=built.imbalance,
     ).model_dump()

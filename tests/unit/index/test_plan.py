@@ -130,6 +130,7 @@ def test_a_given_number_of_lists_is_an_upper_limit():
         ("IVF256,PQ16x4fsr", "FastScan"),
         ("IVF256,RaBitQfs", "FastScan"),
         ("IVF256,RaBitQfs4", "FastScan"),
+        ("IVF256,FlatPanorama8", "lists cannot be merged"),
         ("IVF256,PQ16,RFlat", "re-ranked exactly anyway"),
         ("IVF256,PQ16,Refine(SQ8)", "re-ranked exactly anyway"),
         ("IVF256,Nonsense", "refused by FAISS"),
