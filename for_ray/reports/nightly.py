@@ -156,9 +156,9 @@ def _stages(report: RunReport) -> list[Section]:
     for name, took, done, unit in [(s.name, s.seconds, s.done, s.unit) for s in report.stages] + rest:
         share = round(100 * took / report.seconds, 1) if report.seconds > 0 else None
         counted = (done, unit, done / took if took > 0 else None) if done else (None, "", None)
-        rows.append([name, took, share, *counted])
+        rows.append([name, round(took, 3), share, *counted])
         names.append(name)
-        seconds.append(took)
+        seconds.append(round(took, 3))
     header = ["stage", "seconds", "% of the run", "done", "", "a second"]
     return [
         Table("Stages", header, rows),

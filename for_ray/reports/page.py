@@ -192,7 +192,7 @@ def shown(value: object) -> str:
 def shown_bytes(num_bytes: float) -> str:
     """A number of bytes in decimal units: 0 B · 999 B · 1.23 kB · 45.7 GB."""
     unit, size = scale_bytes(num_bytes)
-    return f"{shown(num_bytes / size)} {unit}"
+    return f"{shown(float(f'{num_bytes / size:.3g}'))} {unit}"
 
 
 def shown_seconds(seconds: float) -> str:

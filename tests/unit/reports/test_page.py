@@ -189,6 +189,7 @@ def test_values_are_written_for_people(value, text):
         (999, "999 B"),
         (1000, "1 kB"),
         (1234, "1.23 kB"),
+        (530.04, "530 B"),
         (45.7e9, "45.7 GB"),
         (2e15, "2 PB"),
         (3e18, "3,000 PB"),
