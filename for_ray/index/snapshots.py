@@ -162,7 +162,8 @@ def _open(layout: Layout) -> lance.LanceDataset | None:
 
 
 def _ids(table: lance.LanceDataset, fingerprint: str | None = None) -> list[int]:
-    rows = table.to_table(columns=["snapshot_id", "fingerprint"]).to_pylist()
+    with lance_refusals(table.uri):
+        rows = table.to_table(columns=["snapshot_id", "fingerprint"]).to_pylist()
     return sorted(row["snapshot_id"] for row in rows if fingerprint in (None, row["fingerprint"]))
 
 
