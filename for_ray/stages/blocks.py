@@ -266,13 +266,12 @@ class EncodeImages:
 
     def __call__(self, block: pa.Table) -> pa.Table:
         """Add `vectors` and `boxes` to what `read_block` gives, and take its pixels away."""
-        pixels = pixels_of(block, self._job.image_size)
+        block, pixels = take_pixels(block, self._job.image_size)
         widths, heights = (block[name].to_numpy()[: len(pixels)] for name in ("width", "height"))
         vectors, boxes, keep = self._encode(pixels, widths, heights)
         counts = np.zeros(block.num_rows, np.int64)
         counts[: len(pixels)] = keep.sum(axis=1)
         kept_vectors, kept_boxes = vectors[keep], pack_boxes(boxes[keep])
-        block = block.drop_columns(["pixels"])
         block = block.append_column("vectors", _lists(kept_vectors, counts, vectors_type(self._job.dim)))
         block = block.append_column("boxes", _lists(kept_boxes, counts, BOXES_TYPE))
         is_empty = (counts == 0) & (np.arange(block.num_rows) < len(pixels))
@@ -300,20 +299,27 @@ class EncodeImages:
         return vectors.half().cpu().numpy(), boxes, keep.cpu().numpy()
 
 
-def pixels_of(block: pa.Table, image_size: int) -> Tensor:
-    """The pixels of a block of `read_block`'s [n, 3, S, S] uint8: its first n rows, those that have any.
+def take_pixels(block: pa.Table, image_size: int) -> tuple[pa.Table, Tensor]:
+    """The rows of `read_block` without their pixels, and these [n, 3, S, S] uint8: of the first n rows.
+
+    Ray puts blocks together, and cuts them, to make batches: the rows are brought into order here, those that
+    have pixels first.
 
     Args:
-        block: The block.
+        block: One block, or rows of several.
         image_size: S.
     """
     import torch
 
-    num_valid = block.num_rows - block["width"].null_count
+    has_pixels = np.asarray(pc.is_valid(block["width"]))
+    num_valid = int(has_pixels.sum())
+    if not has_pixels[:num_valid].all():
+        block = block.take(np.argsort(~has_pixels, kind="stable"))
     flat = block["pixels"].combine_chunks().flatten().to_numpy(zero_copy_only=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # Ray's store is read-only; nothing writes to the tensor
-        return torch.from_numpy(flat.reshape(-1, 3, image_size, image_size)[:num_valid])
+        pixels = torch.from_numpy(flat.reshape(-1, 3, image_size, image_size)[:num_valid])
+    return block.drop_columns(["pixels"]), pixels
 
 
 def _lists(values: NDArray[Any], counts: NDArray[np.int64], kind: pa.DataType) -> pa.ListArray:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from for_ray.model.bundle import Bundle, open_bundle
 from for_ray.schema import LabelRun
-from for_ray.stages.blocks import TableJob, pixels_of, quarantine
+from for_ray.stages.blocks import TableJob, quarantine, take_pixels
 from for_ray.stages.cluster import Cluster
 from for_ray.storage import read_bytes
 
@@ -102,14 +102,14 @@ class LabelImages:
     def __call__(self, block: pa.Table) -> pa.Table:
         """Add the columns of the labels to what `read_block` gives, and take its pixels away."""
         run = self._job.run
-        labelled = self._label(block)
+        block, pixels = take_pixels(block, self._job.image_size)
+        labelled = self._label(pixels)
         num_valid = len(labelled.labels)
         is_good = np.zeros(block.num_rows, bool)
         is_good[:num_valid] = labelled.is_finite
         counts = np.zeros(block.num_rows, np.int64)
         is_label = (labelled.labels >= 0) & labelled.is_finite[:, None]
         counts[:num_valid] = is_label.sum(axis=1)
-        block = block.drop_columns(["pixels"])
         for name, values in (("labels", labelled.labels), ("probabilities", labelled.probabilities)):
             block = block.append_column(name, _lists(values[is_label], counts))
         if run.has_features:
@@ -122,12 +122,11 @@ class LabelImages:
             )
         return quarantine(block, ~is_good & (np.arange(block.num_rows) < num_valid), NOT_FINITE)
 
-    def _label(self, block: pa.Table) -> _Labelled:
+    def _label(self, pixels: Any) -> _Labelled:
         import torch
 
-        run, pixels = self._job.run, pixels_of(block, self._job.image_size)
         if not len(pixels):
-            return _Labelled.nothing(run)
+            return _Labelled.nothing(self._job.run)
         # Nothing here waits for the device, so that batches queue up on it; the copies at the end do.
         parts = [self._label_batch(batch) for batch in torch.split(pixels, self._job.batch_size)]
         columns = [torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True)]

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from for_ray.errors import StageError
 from for_ray.model.bundle import Bundle
-from for_ray.stages.blocks import CHANGED, GONE, OK, ImageJob, pixels_of, quarantine
+from for_ray.stages.blocks import CHANGED, GONE, OK, ImageJob, quarantine, take_pixels
 from for_ray.stages.encode import Pool, make_encoded
 from for_ray.storage import shown
 
@@ -141,8 +141,7 @@ class ScoreImages:
         """What `read_block` gives with `scores` [V] for its pixels; null without any."""
         import torch
 
-        pixels = pixels_of(block, self._job.image_size)
-        block = block.drop_columns(["pixels"])
+        block, pixels = take_pixels(block, self._job.image_size)
         scores = np.full((block.num_rows, len(self._job.names)), -np.inf, np.float32)
         if len(pixels):
             # Nothing here waits for the device; the copy back at the end does.

@@ -134,6 +134,21 @@ def test_blocks_and_batches_make_no_difference(job, listed):
         )
 
 
+def test_a_batch_of_several_blocks_gives_each_image_its_own_vectors(job, listed):
+    """Ray puts blocks together into batches: the rows with pixels need not come first."""
+    actor = EncodeImages(job, 1)
+    parts = [read_block(listed.slice(start, 3), job=job) for start in (3, 0, 6)]
+    together = actor(pa.concat_tables(parts))
+    alone = {row["uri"]: row for part in parts for row in actor(part).to_pylist()}
+    assert together.num_rows == len(alone) == 7
+    for row in together.to_pylist():
+        expected = alone[row["uri"]]
+        assert {**row, "vectors": None} == {**expected, "vectors": None}
+        assert len(row["vectors"]) == len(expected["vectors"])
+        for mine, its in zip(row["vectors"], expected["vectors"], strict=True):
+            np.testing.assert_allclose(np.array(mine, np.float32), np.array(its, np.float32), atol=2e-3)
+
+
 def test_a_block_without_a_single_image(job, listed):
     nothing = listed.filter(pc.is_in(listed["size_bytes"], pa.array([0, 6])))
     encoded = EncodeImages(job, 1)(read_block(nothing, job=job))
