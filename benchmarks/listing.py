@@ -8,8 +8,9 @@ as many rows, 1 % of them gone from the bucket, 1 % with another etag, and 1 % o
 run is a fresh process that does what the index job does before it encodes: `write_listing`, `write_gap`,
 `count_held` and `plan_index`. Its clock starts when modules are loaded and the connection is made (these cost
 the same for any number), its memory is the kernel's high-water mark of the process (VmHWM). The sizes take
-turns, and medians are compared. One more run of the largest size cuts its rows into as few parts as give each
-as many rows as a part of 10⁸ objects has, so that memory for 10⁸ is measured and not guessed.
+turns, and medians are compared. As many runs of the largest size read a manifest in the place of the list
+requests, and cut its rows into as few parts as give each as many rows as a part of 10⁸ objects has, so that
+memory for 10⁸ is measured and not guessed.
 
 Prints a line of JSON for each run and one for the medians. Exit code 1 if memory grows by more than 200 MB
 from the first size to the last, or an object costs 15 % more or less time there than at the size before.
@@ -36,6 +37,7 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 SIZES = (10_000, 100_000, 1_000_000)
 PAGE, PERCENT = 1000, 100
@@ -57,14 +59,15 @@ def main() -> int:
     parser.add_argument("--runs", type=int, default=3, help="of each size")
     parser.add_argument("--role", choices=["store", "table", "driver"], help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--num-parts", type=int, default=0, help=argparse.SUPPRESS)
+    parser.add_argument("--as-many", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.role == "store":
         serve()
     elif given.role == "table":
         make_table(given.folder, given.sizes[0])
+        make_manifest(given.folder, given.sizes[0])
     elif given.role == "driver":
-        print(json.dumps(drive(given.folder, given.sizes[0], given.num_parts)), flush=True)
+        print(json.dumps(drive(given.folder, given.sizes[0], as_many=given.as_many)), flush=True)
     else:
         return compare(given.sizes, given.runs)
     return 0
@@ -73,15 +76,16 @@ def main() -> int:
 def compare(sizes: list[int], runs: int) -> int:
     """All runs, and what comes out of them."""
     done: dict[int, list[dict[str, Any]]] = {size: [] for size in sizes}
+    as_many: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="for_ray-listing-") as folder, _store() as endpoint:
         for size in sizes:
             _start("table", folder, size)
         for _ in range(runs):
             for size in sizes:
                 done[size].append(_measure(folder, size, endpoint))
-        largest = _measure(folder, sizes[-1], endpoint, num_parts=max(1, round(256 * sizes[-1] / MANY)))
+            as_many.append(_measure(folder, sizes[-1], endpoint, "--as-many"))
     medians = {size: _medians(done[size]) for size in sizes}
-    many = _extrapolate(medians[sizes[-1]], largest)
+    many = _extrapolate(medians[sizes[-1]], _medians(as_many))
     result: dict[str, Any] = {"runs": runs, "sizes": medians, "many": many}
     is_right = True
     if len(sizes) > 1:
@@ -103,25 +107,24 @@ def _extrapolate(largest: dict[str, float], as_of_many: dict[str, float]) -> dic
     factor = MANY / largest["objects"]
     return {
         "objects": MANY,
-        "peak_mb_with_parts_of_that_size": as_of_many["peak_mb"],
         "rows_of_a_part": as_of_many["rows_of_a_part"],
+        "peak_mb_with_such_parts": as_of_many["peak_mb"],
         "disk_gb": round(factor * largest["disk_mb"] / 1000, 1),
-        "hours_of_listing": round(factor * largest["list_seconds"] / 3600, 2),
-        "hours_of_comparing": round(factor * largest["diff_seconds"] / 3600, 2),
-        "requests": MANY // PAGE,
+        "list_requests": MANY // PAGE,
+        "minutes_of_listing": round(factor * largest["list_seconds"] / 60, 1),
+        "minutes_of_reading_a_manifest": round(factor * as_of_many["list_seconds"] / 60, 1),
+        "minutes_of_comparing": round(factor * largest["diff_seconds"] / 60, 1),
     }
 
 
-def _measure(folder: str, size: int, endpoint: str, *, num_parts: int = 0) -> dict[str, Any]:
+def _measure(folder: str, size: int, endpoint: str, *words: str) -> dict[str, Any]:
     environment = {
         "AWS_ENDPOINT_URL": endpoint,
         "AWS_ACCESS_KEY_ID": "a",
         "AWS_SECRET_ACCESS_KEY": "b",
         "AWS_REGION": "us-east-1",
     }
-    measured: dict[str, Any] = json.loads(
-        _start("driver", folder, size, "--num-parts", num_parts, **environment)
-    )
+    measured: dict[str, Any] = json.loads(_start("driver", folder, size, *words, **environment))
     print(json.dumps(measured), flush=True)
     return measured
 
@@ -134,22 +137,23 @@ def _start(role: str, folder: str, size: int, *words: object, **environment: str
     return done.stdout
 
 
-def drive(folder: Path, size: int, num_parts: int) -> dict[str, float]:
-    """One run, in this process."""
+def drive(folder: Path, size: int, *, as_many: bool) -> dict[str, float]:
+    """One run, in this process; `as_many`: from a manifest, with parts of the size of those of `MANY`."""
     from for_ray.index.plan import plan_index
     from for_ray.index.table import count_held, require_table, scan_state
     from for_ray.stages.diff import write_gap
     from for_ray.stages.listing import write_listing
     from for_ray.storage import exists, spill
 
-    if num_parts:
-        spill.NUM_PARTS = num_parts
+    source = f"s3://bucket/{size}"
+    if as_many:
+        source, spill.NUM_PARTS = f"{folder}/manifest-{size}.parquet", max(1, spill.NUM_PARTS * size // MANY)
     exists("s3://bucket/none")
     images = require_table(str(folder / f"table-{size}"))
     base_mb = _peak_mb()
     with tempfile.TemporaryDirectory(dir=folder) as work:
         started = time.perf_counter(), time.process_time()
-        listing = write_listing(f"s3://bucket/{size}", Path(work) / "listing")
+        listing = write_listing(source, Path(work) / "listing")
         listed = time.perf_counter()
         gap = write_gap(
             listing.rows, scan_state(images), folder=Path(work) / "diff", gap_uri=f"{work}/diff/gap"
@@ -196,6 +200,21 @@ def key_of(size: int, number: int) -> str:
 def etag_of(number: int) -> str:
     """32 hex digits that no compression shortens much."""
     return hashlib.blake2b(number.to_bytes(8), digest_size=16).hexdigest()
+
+
+def make_manifest(folder: Path, size: int) -> None:
+    """The objects as a manifest."""
+    from for_ray.schema import LISTING_SCHEMA
+
+    with pq.ParquetWriter(folder / f"manifest-{size}.parquet", LISTING_SCHEMA) as writer:
+        for first in range(0, size, ROWS_OF_A_FRAGMENT):
+            numbers = range(first, min(first + ROWS_OF_A_FRAGMENT, size))
+            columns = [
+                [f"s3://bucket/{key_of(size, number)}" for number in numbers],
+                list(map(etag_of, numbers)),
+                [50_000 + number % 100_000 for number in numbers],
+            ]
+            writer.write_table(pa.table(columns, schema=LISTING_SCHEMA))
 
 
 def make_table(folder: Path, size: int) -> None:
