@@ -69,16 +69,17 @@ def update_segments(
     """
     images = job.open_table()
     dim = images.schema.field("vectors").type.value_type.list_size
-    codec, segments, deleted = _carry_over(job, images, base) if base else _NOTHING
+    codec, segments, deleted = _carry_over(job, images, base) if base else _nothing()
     added = count_held(images, max((segment.end_image_id for segment in segments), default=0))
     plan = plan_index(_num_live(segments) + added.num_vectors, dim, codec=wanted)
     if not plan.num_vectors:
-        return Built(codec, *_NOTHING[1:], 0, 1, is_new=False, vectors_per_segment=plan.vectors_per_segment)
-    recall = base.recall_at_50 if base else None
-    reason = codec and why_retrain(codec, plan, segments, wanted=wanted, recall=recall, floor=floor)
-    if codec is None or reason:
+        return Built(*_nothing(codec), 0, 1, is_new=False, vectors_per_segment=plan.vectors_per_segment)
+    recall, reason = base.recall_at_50 if base else None, None
+    if codec is not None:
+        reason = why_retrain(codec, plan, segments, wanted=wanted, recall=recall, floor=floor)
+    if codec is None or reason is not None:
         codec = _train_on(cluster, job, plan, wanted=wanted)
-        _, segments, deleted = _NOTHING
+        _, segments, deleted = _nothing()
         added = count_held(images, 0)
     new = _build_all(cluster, job, codec, _ranges(segments, added, plan), on_progress=on_progress)
     num_vectors = _num_live(segments) + added.num_vectors
@@ -94,7 +95,7 @@ def update_segments(
         nprobe=plan.nprobe,
         is_new=bool(new),
         vectors_per_segment=plan.vectors_per_segment,
-        retrained=reason or None,
+        retrained=reason,
     )
 
 
@@ -106,14 +107,15 @@ class _Kept(NamedTuple):
     deleted: NDArray[np.int64]
 
 
-_NOTHING = _Kept(None, [], np.empty(0, np.int64))
+def _nothing(codec: Codec | None = None) -> _Kept:
+    return _Kept(codec, [], np.empty(0, np.int64))
 
 
 def _carry_over(job: RangeJob, images: Any, base: Snapshot) -> _Kept:
     """The base as the table sees it now: what has left the table since then is dead."""
     if _num_live(base.segments) != base.num_vectors:
         # A snapshot that does not say how much of its segments is dead: they are built again.
-        return _Kept(base.codec, [], np.empty(0, np.int64))
+        return _nothing(base.codec)
     before = require_table(job.layout.images_uri(job.fingerprint), version=base.images_version)
     gone = find_gone(before, images)
     segments, is_inside = _count_dead(base.segments, gone)
