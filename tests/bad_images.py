@@ -1,4 +1,4 @@
-"""Files as buckets hold them: every kind of image, what only looks like one, and names that break programs.
+"""Files as buckets hold them: every kind of image, and what only looks like one.
 
 `make_kinds()` draws them; nothing of it lies in the repository. What is an image comes with a *reference*:
 the upright RGB picture that a plain decode gives (Pillow: open, `exif_transpose`, `convert("RGB")`), or numpy
@@ -89,6 +89,29 @@ def saved(image: Image.Image | NDArray[Any], form: str, **options: Any) -> bytes
 def plain(raw: bytes) -> NDArray[np.uint8]:
     """A plain decode: first frame, upright, RGB; [H, W, 3]."""
     return np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(raw))).convert("RGB"))
+
+
+def plain_pixels(image: NDArray[np.uint8], side: int, resize_mode: str) -> NDArray[np.uint8]:
+    """An upright RGB picture [H, W, 3] as a model's input [3, side, side], by open_clip's own transform."""
+    from open_clip.transform import PreprocessCfg, image_transform_v2
+
+    height, width = image.shape[:2]
+    if resize_mode == "longest" and side * min(height, width) < max(height, width):
+        return _line_pixels(image, side)
+    config = PreprocessCfg(size=side, mean=(0, 0, 0), std=(1, 1, 1), resize_mode=resize_mode)
+    transform = image_transform_v2(config, is_train=False)
+    return np.round(transform(Image.fromarray(image)).numpy() * 255).astype(np.uint8)
+
+
+def _line_pixels(image: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
+    """A strip that open_clip refuses, since less than a pixel is left of its shorter side: one pixel is."""
+    height, width = image.shape[:2]
+    middle = slice((side - 1) // 2, (side - 1) // 2 + 1)
+    place = (middle, slice(None)) if width > height else (slice(None), middle)
+    pixels = np.zeros((side, side, 3), np.uint8)
+    line = Image.fromarray(image).resize(pixels[place].shape[1::-1], Image.Resampling.BICUBIC)
+    pixels[place] = np.asarray(line)
+    return pixels.transpose(2, 0, 1)
 
 
 def _kind(name: str, raw: bytes, drawn: NDArray[np.uint8] | None = None, tolerance: float = LOSSLESS) -> Kind:
@@ -404,51 +427,3 @@ def _bombs() -> Iterator[Kind]:
     gif[6:10] = struct.pack("<HH", 65_000, 65_000)
     yield Kind("bomb.gif", bytes(gif), "^too many pixels: ")
     yield Kind("bomb.ppm", b"P6\n20000 20000\n255\n", "^too many pixels: ")
-
-
-# Names
-
-LONG_KEY = "/".join([*("a" * 224 for _ in range(3)), "a" * 221 + ".jpg"])
-"""900 characters, in parts that a file system takes."""
-
-LONG_NAME = "k" * 896 + ".jpg"
-"""900 characters without a slash: S3 takes them, disks and SeaweedFS don't."""
-
-ODD_KEYS = (
-    "a b.jpg",
-    " begins and ends with a space /x.jpg",
-    "a#b.jpg",
-    "a?b&c=d;e,f.jpg",
-    "a%2Fb.jpg",
-    "a%20b.jpg",
-    "a+b.jpg",
-    "100%.jpg",
-    "caf\u00e9.jpg",
-    "cafe\u0301.jpg",
-    "画像 \u202eأ.jpg",
-    "new\nline.jpg",
-    "tab\tand\rreturn.jpg",
-    'it\'s "quoted" `so`.jpg',
-    "back\\slash.jpg",
-    "'; DROP TABLE images; --.jpg",
-    "{a}[0-9]*!(~)^|<x>$HOME.jpg",
-    "\U0001f984\u200d\U0001f525.jpg",
-    "a.tar#b.jpg",
-    "a.tar#folder/b.jpg",
-    "folder.jpg/b.jpg",
-    "-rf.jpg",
-    "Case.jpg",
-    "case.jpg",
-    "x@0+5.jpg",
-    "s3:/b/c.jpg",
-    LONG_KEY,
-)
-"""Keys of images; the two of café are the same to the eye (NFC and NFD), and two all the same."""
-
-HIDDEN_KEYS = (".hidden.jpg", ".folder/x.jpg", "deep/.x/y.jpg", "...jpg")
-"""Keys that begin with a dot somewhere: not listed."""
-
-
-def key_image(number: int) -> bytes:
-    """The image that lies at `ODD_KEYS[number]`: each another one."""
-    return saved(picture(seed=number + 1), "PNG")

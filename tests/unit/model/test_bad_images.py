@@ -11,12 +11,11 @@ import time
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import AvifImagePlugin, Image, features
 
 from for_ray.errors import DataError
 from for_ray.model.preprocess import decode
-from tests.bad_images import Kind, bad_kinds, good_kinds, make_kinds, picture, plain, saved
+from tests.bad_images import Kind, bad_kinds, good_kinds, make_kinds, picture, plain, plain_pixels, saved
 
 MODES = ["squash", "shortest", "longest"]
 SIDE = 32
@@ -33,22 +32,7 @@ def names(kinds: list[Kind]) -> list[str]:
 
 
 def of_open_clip(image: NDArray[np.uint8], mode: str) -> NDArray[np.uint8]:
-    height, width = image.shape[:2]
-    if mode == "longest" and SIDE * min(height, width) < max(height, width):
-        return of_a_line(image)
-    config = PreprocessCfg(size=SIDE, mean=(0, 0, 0), std=(1, 1, 1), resize_mode=mode)
-    transform = image_transform_v2(config, is_train=False)
-    return np.round(transform(Image.fromarray(image)).numpy() * 255).astype(np.uint8)
-
-
-def of_a_line(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """A strip that open_clip refuses, since less than a pixel is left of its shorter side: one pixel is."""
-    height, width = image.shape[:2]
-    place = np.s_[15:16, :] if width > height else np.s_[:, 15:16]
-    pixels = np.zeros((SIDE, SIDE, 3), np.uint8)
-    line = Image.fromarray(image).resize(pixels[place].shape[1::-1], Image.Resampling.BICUBIC)
-    pixels[place] = np.asarray(line)
-    return pixels.transpose(2, 0, 1)
+    return plain_pixels(image, SIDE, mode)
 
 
 def mean_distance(one: NDArray[np.uint8], other: NDArray[np.uint8]) -> float:
