@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import bisect
+import contextlib
+import importlib
 import io
 import math
 import warnings
@@ -192,6 +194,10 @@ def _decode(content: bytes, side: int) -> Image.Image:
 
 
 def _open(content: bytes) -> Image.Image:
+    with contextlib.suppress(
+        ImportError
+    ):  # the package for HEIC, which the index reads where it is installed
+        importlib.import_module("pillow_heif").register_heif_opener(thumbnails=False)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         opened = Image.open(io.BytesIO(content))

@@ -2,8 +2,10 @@
 
 import io
 import struct
+import sys
 
 import numpy as np
+import pillow_heif
 import pytest
 from numpy.typing import NDArray
 from PIL import Image
@@ -156,6 +158,20 @@ def test_exif_turned_image_is_upright() -> None:
 def test_unusual_modes(content: bytes, colour: tuple[int, int, int]) -> None:
     area = picture(draw_sheet([Tile("a", content)], title="q"))
     assert is_colour(area, colour, 6)[8:-8, 8:-8].all()
+
+
+@pytest.mark.parametrize("is_installed", [True, False])
+def test_a_heic_is_shown_where_its_package_is_installed(
+    monkeypatch: pytest.MonkeyPatch, is_installed: bool
+) -> None:
+    written = io.BytesIO()
+    pillow_heif.from_pillow(Image.new("RGB", (64, 64), (200, 30, 30))).save(written, quality=90)
+    monkeypatch.setattr(Image, "ID", [name for name in Image.ID if name != "HEIF"])  # as in a new process
+    if not is_installed:
+        monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    area = picture(draw_sheet([Tile("a", written.getvalue())], title="q"))
+    assert bool(is_colour(area, (200, 30, 30), 12)[8:-8, 8:-8].all()) == is_installed
+    assert bool((is_colour(area, GREY, 6)).mean() > 0.5) != is_installed
 
 
 def test_only_the_first_tiles_are_drawn() -> None:
