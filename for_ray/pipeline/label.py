@@ -31,6 +31,7 @@ from for_ray.index import table
 from for_ray.index.labels import read_label_run, refuse_other_settings
 from for_ray.model.bundle import open_bundle
 from for_ray.model.text import fill
+from for_ray.pipeline.encoding import encode_gap
 from for_ray.pipeline.label_findings import LookedAt, findings_of, group_qualities, look_at_labels
 from for_ray.reports.labels import label_page
 from for_ray.schema import LabelLayout, LabelRun, labels_schema
@@ -268,7 +269,7 @@ class _Run:
     ) -> tuple[Any, EncodeCounts, float]:
         """The table with the new rows, what came out, and the seconds that it took."""
         from for_ray.stages.blocks import EncodeCounts
-        from for_ray.stages.encode import choose_pool, encode
+        from for_ray.stages.encode import choose_pool
         from for_ray.stages.label import LabelJob
         from for_ray.stages.verify import check_readable
 
@@ -294,17 +295,19 @@ class _Run:
                 device=settings.device,
             )
             with self._stage("label", total=gap.num_to_encode) as update:
-                images, counts = encode(
+                encoded = encode_gap(
                     images,
-                    self.layout.work_uri(self.run_id),
+                    gap,
+                    work_uri=self.layout.work_uri(self.run_id),
+                    folder=self._new_folder(),
                     job=job,
                     pool=pool,
-                    num_images=gap.num_to_encode,
                     commit_seconds=settings.commit_seconds,
                     most_bad=most_bad - found.num_missing - gap.num_quarantined,
                     lease=lease,
                     on_progress=update,
                 )
+            images, counts = encoded.table, encoded.counts
         seconds = time.monotonic() - started
         with failures("label"):
             check_readable(

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import datetime
 import warnings
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 import pyarrow as pa
@@ -25,6 +27,7 @@ from for_ray.index.table import write_fragments
 from for_ray.model.bundle import Bundle, open_bundle
 from for_ray.model.preprocess import Interpolation, ResizeMode, decode, uncrop_boxes
 from for_ray.schema import BOXES_TYPE, pack_boxes, vectors_type
+from for_ray.stages.apart import Apart, Decode
 from for_ray.storage import ObjectChanged, ObjectGone, read_image
 
 if TYPE_CHECKING:
@@ -52,7 +55,10 @@ class ImageJob:
         device: Where the actors encode: `auto` or `cpu`.
         batch_size: Images that the model takes at once.
         read_threads: Objects that a reading task fetches at once.
+        tag: What Prometheus metrics call the job.
     """
+
+    tag: ClassVar[str]
 
     bundle_uri: str
     image_size: int
@@ -132,6 +138,8 @@ class EncodeJob(TableJob):
         dim: D.
     """
 
+    tag: ClassVar[str] = "index"
+
     num_slots: int
     dim: int
 
@@ -171,6 +179,11 @@ class EncodeCounts(NamedTuple):
     gone: int = 0
     changed: int = 0
 
+    @classmethod
+    def of(cls, written: pa.Table) -> EncodeCounts:
+        """The counts in a row that `write_block` gives."""
+        return cls(*(written[name][0].as_py() for name in cls._fields))
+
     def plus(self, other: EncodeCounts) -> EncodeCounts:
         """The sum, field by field."""
         return EncodeCounts(*(mine + its for mine, its in zip(self, other, strict=True)))
@@ -189,12 +202,13 @@ class EncodeCounts(NamedTuple):
 # Reading: a task
 
 
-def read_block(block: pa.Table, *, job: ImageJob) -> pa.Table:
+def read_block(block: pa.Table, *, job: ImageJob, is_apart: bool = False) -> pa.Table:
     """Fetch and decode a block of the gap.
 
     Args:
         block: `LISTING_SCHEMA` and metadata columns.
         job: The job.
+        is_apart: Decode in a child process: slower, but an image that kills its process is quarantined.
 
     Returns:
         The same rows with `width`, `height`, `error`, `status` and `pixels` [3 * S * S] uint8; the rows that
@@ -205,10 +219,10 @@ def read_block(block: pa.Table, *, job: ImageJob) -> pa.Table:
     """
     size = job.image_size
     pixels = np.zeros((block.num_rows, 3, size, size), np.uint8)
-    read = partial(_read_row, pixels=pixels, job=job)
     rows = zip(range(block.num_rows), block["uri"].to_pylist(), block["etag"].to_pylist(), strict=True)
-    with ThreadPoolExecutor(min(job.read_threads, max(block.num_rows, 1))) as pool:
-        outcomes = list(pool.map(read, rows))
+    num_threads = min(job.read_threads, max(block.num_rows, 1))
+    with _decoder(job, is_apart=is_apart) as decode_with, ThreadPoolExecutor(num_threads) as pool:
+        outcomes = list(pool.map(partial(_read_row, pixels=pixels, decode_with=decode_with), rows))
     columns = list(zip(*outcomes, strict=True)) or [(), (), (), ()]
     for name, kind, values in zip(_READ_COLUMNS, _READ_COLUMNS.values(), columns, strict=True):
         block = block.append_column(name, pa.array(values, kind))
@@ -225,15 +239,22 @@ _READ_COLUMNS = {"width": pa.int32(), "height": pa.int32(), "error": pa.string()
 _Outcome = tuple[int | None, int | None, str | None, int]
 
 
-def _read_row(row: tuple[int, str, str], *, pixels: NDArray[np.uint8], job: ImageJob) -> _Outcome:
+@contextmanager
+def _decoder(job: ImageJob, *, is_apart: bool) -> Iterator[Decode]:
+    here = partial(
+        decode, image_size=job.image_size, resize_mode=job.resize_mode, interpolation=job.interpolation
+    )
+    if not is_apart:
+        yield here
+        return
+    with Apart(here) as there:
+        yield there.decode
+
+
+def _read_row(row: tuple[int, str, str], *, pixels: NDArray[np.uint8], decode_with: Decode) -> _Outcome:
     position, uri, etag = row
     try:
-        decoded = decode(
-            read_image(uri, etag),
-            image_size=job.image_size,
-            resize_mode=job.resize_mode,
-            interpolation=job.interpolation,
-        )
+        decoded = decode_with(read_image(uri, etag))
     except ObjectGone:
         return None, None, None, GONE
     except ObjectChanged:

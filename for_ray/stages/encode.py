@@ -7,6 +7,8 @@
     encode        the driver: commits what has come, every few seconds
 
 A row that is committed is never encoded again; a task that is retried leaves an orphaned file, never a row.
+Where processes of tasks die again and again, `encode` says so in what it returns: the caller may go on with
+what is left, and have each image decoded apart, so that one that kills its process is quarantined.
 Another `TableJob` fills another table in the same way with its own actor; an `ImageJob` alone writes nothing.
 """
 
@@ -21,18 +23,20 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import ray
 from ray.data import ActorPoolStrategy, DataContext, Dataset
+from ray.exceptions import RayError
 
 from for_ray.index.table import append
-from for_ray.stages.blocks import EncodeCounts, ImageJob, TableJob, read_block, write_block
+from for_ray.schema import WorkTime
+from for_ray.stages.blocks import EncodeCounts, ImageJob, TableJob, read_block
+from for_ray.stages.failures import TASK_RETRIES, crash_of
+from for_ray.stages.metrics import SECONDS, MeasuredActor, measured_read, measured_write, show
 from for_ray.storage import Lease, arrow_filesystem
-
-TASK_RETRIES = 3
-"""A block that kills its process this often again ends the run: without a bound Ray retries it for ever."""
 
 NO_PROGRESS_SECONDS = 1200
 """Ray Data gives up when nothing has moved for this long; a GPU node may take minutes to come."""
@@ -85,6 +89,23 @@ def choose_pool(
     return Pool(min(min_actors, most), most, num_gpus=int(has_gpus), num_cpus=0 if has_gpus else HALF_A_CPU)
 
 
+class Encoded(NamedTuple):
+    """What came of an encode stage.
+
+    Attributes:
+        table: After the last commit.
+        counts: Of the rows that came through.
+        work: What the workers did.
+        crash: Why the stage broke off: processes of tasks died again and again. What had come is committed.
+            None where it did not.
+    """
+
+    table: Any
+    counts: EncodeCounts
+    work: WorkTime
+    crash: str | None = None
+
+
 def encode(
     table: Any,
     gap_uri: str,
@@ -96,7 +117,8 @@ def encode(
     most_bad: float,
     lease: Lease,
     on_progress: Callable[[int], None],
-) -> tuple[Any, EncodeCounts]:
+    is_apart: bool = False,
+) -> Encoded:
     """Encode what the gap names and append it to the table.
 
     Args:
@@ -109,39 +131,70 @@ def encode(
         most_bad: The stage stops when more images than this turn out to be unreadable, gone or changed.
         lease: Checked before each commit.
         on_progress: Called with the number of rows that came through.
+        is_apart: Decode each image in a child process; see `read_block`.
 
     Returns:
-        The table after the last commit, and the counts.
+        What came of it; where the processes of tasks died too often, with the reason why it is not all.
     """
-    counts = EncodeCounts()
-    pending: list[str] = []
-    last_commit = time.monotonic()
+    intake = _Intake(table, lease, num_images=num_images, tag=job.tag)
+    read = partial(read_block, is_apart=True) if is_apart else read_block
+    dataset = make_dataset(gap_uri, job=job, pool=pool, num_images=num_images, read=read)
+    crash = None
     try:
-        for written in _drain(
-            make_dataset(gap_uri, job=job, pool=pool, num_images=num_images), commit_seconds
-        ):
+        for written in _drain(dataset, commit_seconds):
             if written is not None:
-                counts = counts.plus(
-                    EncodeCounts(*(written[name][0].as_py() for name in EncodeCounts._fields))
-                )
-                pending += written["fragments"][0].as_py()
-                on_progress(counts.total)
-            if time.monotonic() - last_commit >= commit_seconds:
-                table, pending = _commit(table, pending, lease=lease), []
-                last_commit = time.monotonic()
-            if counts.quarantined + counts.skipped > most_bad:
+                intake.add(written)
+                on_progress(intake.counts.total)
+            if intake.seconds_waiting >= commit_seconds:
+                intake.commit()
+            if intake.counts.quarantined + intake.counts.skipped > most_bad:
                 break
+    except RayError as error:
+        crash = crash_of(error)
+        if crash is None:
+            raise
     finally:
         # Also when the stage fails: the next run need not encode these again.
-        table = _commit(table, pending, lease=lease)
-    return table, counts
+        intake.commit()
+    work = WorkTime(**intake.seconds, num_actors=pool.max_actors, has_gpus=pool.num_gpus > 0)
+    return Encoded(intake.table, intake.counts, work, crash)
 
 
-def _commit(table: Any, fragments: list[str], *, lease: Lease) -> Any:
-    if not fragments:
-        return table
-    lease.check()
-    return append(table, fragments)
+class _Intake:
+    """What has come from the workers, and the table that it goes into."""
+
+    def __init__(self, table: Any, lease: Lease, *, num_images: int, tag: str) -> None:
+        self.table, self.counts = table, EncodeCounts()
+        self.seconds = dict.fromkeys((*SECONDS, "write_seconds"), 0.0)
+        self._lease, self._num_images, self._tag = lease, num_images, tag
+        self._fragments: list[str] = []
+        self._num_pending = self._num_committed = 0
+        self._last_commit = time.monotonic()
+
+    @property
+    def seconds_waiting(self) -> float:
+        """Since the last commit."""
+        return time.monotonic() - self._last_commit
+
+    def add(self, written: pa.Table) -> None:
+        """Take a row of `measured_write`."""
+        counts = EncodeCounts.of(written)
+        self.counts = self.counts.plus(counts)
+        for name in self.seconds:
+            self.seconds[name] += written[name][0].as_py()
+        self._fragments += written["fragments"][0].as_py()
+        self._num_pending += counts.stored
+        show("queue_images", self._num_images - self.counts.total, job=self._tag)
+
+    def commit(self) -> None:
+        """Make what has come a part of the table."""
+        self._last_commit = time.monotonic()
+        if not self._fragments:
+            return
+        self._lease.check()
+        self.table, self._fragments = append(self.table, self._fragments), []
+        self._num_committed, self._num_pending = self._num_committed + self._num_pending, 0
+        show("committed_images", self._num_committed, job=self._tag)
 
 
 def _data_context() -> DataContext:
@@ -166,7 +219,7 @@ def make_dataset(
     read: Callable[..., pa.Table] = read_block,
     encode_with: type[Any] | None = None,
 ) -> Dataset:
-    """The stage as a lazy dataset whose rows are those of `write_block`; the arguments are those of `encode`.
+    """The stage as a lazy dataset whose rows are those of `measured_write`; the arguments are `encode`'s.
 
     Args:
         gap_uri: See `encode`.
@@ -181,7 +234,7 @@ def make_dataset(
     )
     with DataContext.current(encoded.context), _quiet_options():
         return encoded.map_batches(
-            write_block,
+            measured_write,
             fn_kwargs={"job": job},
             batch_size=job.fragment_rows(num_images),
             batch_format="pyarrow",
@@ -216,8 +269,8 @@ def make_encoded(
             _listed(gap)
             .repartition(target_num_rows_per_block=block_rows)
             .map_batches(
-                read,
-                fn_kwargs={"job": job},
+                measured_read,
+                fn_kwargs={"job": job, "read": read},
                 batch_size=None,
                 batch_format="pyarrow",
                 num_cpus=HALF_A_CPU,
@@ -225,8 +278,8 @@ def make_encoded(
             )
         )
         return decoded.map_batches(
-            encode_with or job.actor,
-            fn_constructor_args=(job, 1),
+            MeasuredActor,
+            fn_constructor_args=(encode_with or job.actor, job, 1),
             batch_size=block_rows,
             batch_format="pyarrow",
             compute=ActorPoolStrategy(

@@ -8,6 +8,10 @@ from collections.abc import Iterator
 
 from for_ray.errors import ForRayError, StageError
 
+TASK_RETRIES = 3
+"""A block that kills its process this often again breaks its stage off: without a bound Ray retries it for
+ever."""
+
 
 @contextlib.contextmanager
 def failures(stage: str) -> Iterator[None]:
@@ -22,6 +26,23 @@ def failures(stage: str) -> Iterator[None]:
         raise
 
 
+def crash_of(error: BaseException) -> str | None:
+    """What killed the process of a task, or took its results away, as often as Ray tries again.
+
+    None where the error is another one: raised by a function, or the death of an actor.
+    """
+    from ray import exceptions
+
+    crashes = (
+        exceptions.WorkerCrashedError,
+        exceptions.OutOfMemoryError,
+        exceptions.NodeDiedError,
+        exceptions.LocalRayletDiedError,
+        exceptions.ObjectLostError,
+    )
+    return _cause(error) if isinstance(error, crashes) else None
+
+
 def _cause(error: BaseException) -> str:
     """The last "SomeError: message" of a worker's traceback that is not Ray's own, in one line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
@@ -29,4 +50,15 @@ def _cause(error: BaseException) -> str:
         found = re.fullmatch(r"((?:\w+\.)*)(\w+(?:Error|Exception)): (.+)", line)
         if found and not found[1].startswith("ray."):
             return found[3] if found[1].startswith("for_ray.") else f"{found[2]}: {found[3]}"
+    if _is_death_of_actor(error):
+        return (
+            f"the process of an encoder died {TASK_RETRIES + 1} times at the same images; is it out of "
+            "memory? Lower --batch-size, or give its node more, and run again: what was committed stays"
+        )
     return lines[-1] if lines else type(error).__name__
+
+
+def _is_death_of_actor(error: BaseException) -> bool:
+    from ray.exceptions import RayActorError
+
+    return isinstance(error, RayActorError)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -37,6 +37,8 @@ class LabelJob(TableJob):
         text_uri: The vocabulary's vectors, `vocabulary.safetensors`.
         run: How labels are made; the shape of the features.
     """
+
+    tag: ClassVar[str] = "label"
 
     text_uri: str
     run: LabelRun

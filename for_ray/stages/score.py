@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -39,6 +39,8 @@ class ScoreJob(ImageJob):
             all workers reach them.
         names: The categories [V], in their order.
     """
+
+    tag: ClassVar[str] = "evaluate"
 
     opened: Bundle
     names: tuple[str, ...]
