@@ -1,55 +1,38 @@
-"""The index job: the order of the stages, and what stands between them.
+"""The index job: what there is and what the index has, and whether anything is to be done.
 
-    list → diff → encode → build → verify → publish
+    list → diff → encode → build → merge → verify → publish → sweep
 
 Nothing is written before the settings, the encoder and the images have been looked at; from then on the run
-holds the index's lease. The table of encoded images is the only checkpoint: a run that died is made good by
-the next one, which finds a smaller gap. Changed and gone images leave the table when what takes their place
-is there; a uri that a dead run leaves twice is found by the next diff. Searches see none of it, since they
-stay with a published version.
+holds the index's lease, and `index_write` goes on. The table of encoded images is the only checkpoint: a run
+that died is made good by the next one, which finds a smaller gap. Every run leaves a report in the index, but
+for a dry one and one that is refused before its first write.
 """
 
 from __future__ import annotations
 
 import contextlib
-import datetime
-import itertools
 import secrets
 import tempfile
-import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from for_ray.config import IndexSettings
-from for_ray.datasets.vocabulary import imagenet21k_names
-from for_ray.errors import ForRayError, StorageError
+from for_ray.errors import StageError
 from for_ray.index import snapshots, table
-from for_ray.index.growth import codec_kind
+from for_ray.index.growth import codec_kind, why_retrain_snapshot
 from for_ray.index.plan import IndexPlan, plan_index
 from for_ray.model.bundle import Bundle, check_indexable, open_bundle
-from for_ray.schema import Layout, Snapshot, images_schema
+from for_ray.pipeline.index_report import Findings, report_run
+from for_ray.pipeline.index_write import IndexWriter
+from for_ray.schema import Layout, Snapshot
 from for_ray.stages.cluster import Cluster
 from for_ray.stages.diff import Gap, write_gap
-from for_ray.stages.failures import failures
 from for_ray.stages.listing import Listing, write_listing
 from for_ray.stages.progress import Progress
 from for_ray.stages.report import IndexSummary
-from for_ray.stages.sweep import sweep
-from for_ray.storage import Lease, canonical_uri, check_writable, delete_tree, exists, join_uri, upload
-
-# Ray and torch take seconds to import: a run that finds nothing to do is done before.
-if TYPE_CHECKING:
-    from for_ray.model.encoder import Encoder
-    from for_ray.stages.blocks import EncodeCounts
-    from for_ray.stages.build import Built
-    from for_ray.stages.ranges import RangeJob
-    from for_ray.stages.verify import Recall
+from for_ray.storage import Lease, canonical_uri, check_writable, exists, join_uri
 
 DEFAULT_ENCODER = "picturebook"
-
-NUM_QUERIES = 64
-"""Text queries that recall is measured with: names of ImageNet-21K, evenly from the list."""
 
 
 def run_index(settings: IndexSettings, *, progress: Progress) -> IndexSummary:
@@ -67,15 +50,24 @@ def run_index(settings: IndexSettings, *, progress: Progress) -> IndexSummary:
     """
     with tempfile.TemporaryDirectory(prefix="for-ray-") as folder:
         run = _Run(settings, progress, Path(folder))
-        return run.look() if settings.dry_run else run.close_gap()
+        if settings.dry_run:
+            return run.look()
+        try:
+            summary = run.close_gap()
+        except StageError as error:
+            progress.say(run.report("failed", str(error)))
+            raise
+        progress.say(run.report("published" if run.found.has_published else "unchanged", summary.message))
+        return summary
 
 
 class _Run:
     """One run of the job; the methods are its stages."""
 
     def __init__(self, settings: IndexSettings, progress: Progress, folder: Path) -> None:
-        self.started = time.monotonic()
+        self.found = Findings()
         self.settings, self.progress, self.folder = settings, progress, folder
+        self.images_uri = settings.images or ""  # settings without are not of a run
         self.layout = Layout(canonical_uri(settings.index))
         self.run_id = secrets.token_hex(4)
         self.latest = next(snapshots.list_snapshots(self.layout), None)
@@ -84,11 +76,12 @@ class _Run:
         self.base = self._find_base()
         self.table_uri = self.layout.images_uri(self.fingerprint)
         plan_index(1, self.bundle.dim, codec=self._codec)  # refuses a wrong codec while nothing is written
-        self._encoder: Encoder | None = None
 
     def _find_base(self) -> Snapshot | None:
-        # An encoder that was here before continues its own segments, whoever published last.
-        return next(snapshots.list_snapshots(self.layout, fingerprint=self.fingerprint), None)
+        # An encoder that was here before continues its own segments, whoever published last. Of one whose
+        # last snapshot is just being swept away, the snapshot may outlive the table.
+        base = next(snapshots.list_snapshots(self.layout, fingerprint=self.fingerprint), None)
+        return base if base and table.open_table(self.layout.images_uri(self.fingerprint)) else None
 
     @property
     def _codec(self) -> str | None:
@@ -97,15 +90,6 @@ class _Run:
         if wanted is None and self.base and self.base.codec:
             wanted = self.base.codec.wanted
         return None if wanted == "auto" else wanted
-
-    @property
-    def encoder(self) -> Encoder:
-        """The encoder on the driver's CPU: proves that the weights fit, embeds the queries of `verify`."""
-        if self._encoder is None:
-            from for_ray.model.encoder import load_encoder
-
-            self._encoder = load_encoder(self.bundle, device="cpu")
-        return self._encoder
 
     def look(self) -> IndexSummary:
         """The dry run: list, diff, and the layout that the index would have."""
@@ -129,14 +113,15 @@ class _Run:
             self._check_weights()
         images = table.open_table(self.table_uri)
         listing, gap = self._compare(images)
+        self.found.snapshot = self.latest
         if self._is_current(gap, images):
             return self._unchanged(listing, gap)
         check_writable(self.layout.index_uri)
         with contextlib.ExitStack() as stack:
-            self._cluster = Cluster(stack)
+            cluster = Cluster(stack)
             if gap.num_to_encode:
                 with self.progress.stage("start"):  # a cluster that does not answer ends the run here
-                    _ = self._cluster.resources
+                    _ = cluster.resources
             lease = stack.enter_context(
                 Lease.acquire(self.layout.lease_uri, f"jobs/index.py (run {self.run_id})")
             )
@@ -145,11 +130,36 @@ class _Run:
                 # Another run wrote meanwhile: what it encoded may be newer than this list.
                 images, self.base = latest, self._find_base()
                 listing, gap = self._compare(images)
-            try:
-                return self._write(listing, gap, images, lease)
-            finally:
-                with contextlib.suppress(StorageError):  # the next run that publishes sweeps it away
-                    delete_tree(self.layout.work_uri(self.run_id))
+            writer = IndexWriter(
+                settings=self.settings,
+                layout=self.layout,
+                bundle=self.bundle,
+                run_id=self.run_id,
+                base=self.base,
+                wanted_codec=self._codec,
+                cluster=cluster,
+                lease=lease,
+                progress=self.progress,
+                folder=self.folder,
+                found=self.found,
+            )
+            message = writer.write(listing, gap, images)
+        return self._summary(listing, gap, self.found.snapshot, message=message)
+
+    def report(self, outcome: str, message: str) -> str:
+        """Write the run's report; what to say of it."""
+        return report_run(
+            self.found,
+            self.layout,
+            self.progress,
+            outcome=outcome,
+            message=message,
+            run_id=self.run_id,
+            images_uri=self.images_uri,
+            index_uri=self.layout.index_uri,
+            encoder=f"{self.bundle.name}, {self.bundle.config.head}",
+            fingerprint=self.fingerprint,
+        )
 
     def _check_weights(self) -> None:
         from for_ray.model.towers import check_weights
@@ -160,19 +170,28 @@ class _Run:
         listing = self._list()
         if images is not None:
             table.check_columns(images, listing.metadata)
-        return listing, self._diff(listing, images)
+        gap = self._diff(listing, images)
+        self.found.listing, self.found.gap, self.found.images = listing, gap, images
+        return listing, gap
 
     def _list(self) -> Listing:
         folder = self.folder / secrets.token_hex(4)
         with self.progress.stage("list") as update:
-            return write_listing(self.settings.images, folder, progress=update)
+            return write_listing(self.images_uri, folder, progress=update)
 
     def _diff(self, listing: Listing, images: Any) -> Gap:
         rows = table.scan_state(images) if images is not None else iter(())
         folder = self.folder / secrets.token_hex(4)
         with self.progress.stage("diff", total=listing.num_listed) as update:
             gap_uri = str(folder / "gap")
-            return write_gap(listing.rows, rows, folder=folder, gap_uri=gap_uri, progress=update)
+            return write_gap(
+                listing.rows,
+                rows,
+                folder=folder,
+                gap_uri=gap_uri,
+                retry_quarantined=self.settings.retry_quarantined,
+                progress=update,
+            )
 
     def _is_current(self, gap: Gap, images: Any) -> bool:
         base = self.base
@@ -180,175 +199,20 @@ class _Run:
             return False
         if base.images_version != table.version_of(images):
             return False
+        if self._drift(base):
+            return False
         if self.settings.codec is None or base.codec is None:
             return True
         if self._codec is None:
             return base.codec.wanted is None
         return codec_kind(self._codec) == codec_kind(base.codec.factory)
 
+    def _drift(self, base: Snapshot) -> str | None:
+        return why_retrain_snapshot(base, wanted=self._codec, floor=self.settings.target_recall)
+
     def _unchanged(self, listing: Listing, gap: Gap) -> IndexSummary:
         stays = self.base.snapshot_id if self.base else 0
         return self._summary(listing, gap, self.base, message=f"nothing changed; snapshot {stays} stays")
-
-    def _write(self, listing: Listing, gap: Gap, images: Any, lease: Lease) -> IndexSummary:
-        """From here on the index changes: encode, build, verify, publish."""
-        with failures("encode"):
-            images = self._prepare(listing, gap, images, lease)
-        images, counts, seconds = self._encode(images, listing, gap, lease)
-        with failures("encode"):
-            # After their successors are there: a run that is refused, or dies, has lost nothing.
-            lease.check()
-            for ids in itertools.chain(gap.changed_image_ids(), gap.gone_image_ids()):
-                table.delete_images(images, ids)
-        built = self._build(images)
-        recall = self._verify(listing, images, built, num_skipped=counts.skipped)
-        with failures("publish"):
-            lease.check()
-            snapshot = snapshots.publish(self.layout, self._snapshot(listing, images, built, recall))
-        message = f"published snapshot {snapshot.snapshot_id}"
-        if counts.skipped:
-            message += f"; {counts.skipped:,} images were not there, or not as listed, when they were read"
-        try:
-            sweep(self.layout, self.fingerprint, lease)
-        except ForRayError as error:  # the snapshot is out: what lies about is the next run's to sweep
-            message += f"; sweeping failed: {error}"
-        rate = counts.stored / seconds if counts.stored else 0.0
-        return self._summary(listing, gap, snapshot, message=message, images_per_second=rate)
-
-    def _prepare(self, listing: Listing, gap: Gap, images: Any, lease: Lease) -> Any:
-        """What the workers need: the encoder, a table with all columns, and the gap; the table."""
-        lease.check()
-        self.bundle.save(self.layout.bundle_uri(self.fingerprint))
-        if images is None:
-            images = table.create_table(self.table_uri, images_schema(self.bundle.dim, listing.metadata))
-        table.add_missing_columns(images, listing.metadata)
-        for uri in gap.file_uris:
-            upload(Path(uri), join_uri(self.layout.work_uri(self.run_id), Path(uri).name))
-        return images
-
-    def _encode(
-        self, images: Any, listing: Listing, gap: Gap, lease: Lease
-    ) -> tuple[Any, EncodeCounts, float]:
-        """The table with the new rows, what came out, and the seconds that it took."""
-        from for_ray.stages.blocks import EncodeCounts, EncodeJob
-        from for_ray.stages.encode import choose_pool, encode
-        from for_ray.stages.verify import check_readable
-
-        num_images, settings, counts = gap.num_to_encode, self.settings, EncodeCounts()
-        started = time.monotonic()
-        if num_images:
-            job = EncodeJob.of(
-                self.bundle,
-                self.layout.bundle_uri(self.fingerprint),
-                images,
-                device=settings.device,
-                batch_size=settings.batch_size,
-                read_threads=settings.read_threads,
-            )
-            pool = choose_pool(
-                self._cluster.resources,
-                num_batches=-(-num_images // settings.batch_size),
-                min_actors=settings.min_actors,
-                max_actors=settings.max_actors,
-                device=settings.device,
-            )
-            with self._stage("encode", total=num_images) as update:
-                images, counts = encode(
-                    images,
-                    self.layout.work_uri(self.run_id),
-                    job=job,
-                    pool=pool,
-                    num_images=num_images,
-                    commit_seconds=settings.commit_seconds,
-                    most_bad=settings.max_bad_fraction * listing.num_listed - gap.num_quarantined,
-                    lease=lease,
-                    on_progress=update,
-                )
-        seconds = time.monotonic() - started
-        with failures("encode"):
-            check_readable(
-                images,
-                num_quarantined=gap.num_quarantined + counts.quarantined,
-                num_skipped=counts.skipped,
-                num_listed=listing.num_listed,
-                most=settings.max_bad_fraction,
-            )
-        return images, counts, seconds
-
-    def _build(self, images: Any) -> Built:
-        from for_ray.stages.build import update_segments
-
-        with self._stage("build", unit="segments") as update:
-            return update_segments(
-                self._job(images),
-                self.base,
-                cluster=self._cluster,
-                wanted=self._codec,
-                on_progress=update,
-            )
-
-    def _verify(self, listing: Listing, images: Any, built: Built, *, num_skipped: int) -> Recall:
-        from for_ray.stages.verify import Recall, check_closed, measure_recall
-
-        with self._stage("verify"):
-            folder = self.folder / secrets.token_hex(4)
-            gap = write_gap(
-                listing.rows, table.scan_state(images), folder=folder, gap_uri=str(folder / "gap")
-            )
-            check_closed(
-                num_missing=gap.num_to_encode,
-                num_skipped=num_skipped,
-                num_stale=gap.num_gone + gap.num_duplicates,
-            )
-            if not built.num_vectors:
-                return Recall(None, 1)
-            if not built.is_new:
-                known = self.base.recall_at_50 if self.base else None
-                return Recall(known, self.base.nprobe if self.base else 1)
-            names = imagenet21k_names()
-            return measure_recall(
-                self._cluster,
-                self._job(images),
-                built.segments,
-                self.encoder.embed_text(names[:: len(names) // NUM_QUERIES][:NUM_QUERIES]),
-                deleted=built.deleted,
-                nprobe=built.nprobe,
-                target=self.settings.target_recall,
-                cache_path=self.folder / "segments",
-            )
-
-    def _snapshot(self, listing: Listing, images: Any, built: Built, recall: Recall) -> Snapshot:
-        num_indexed, num_quarantined = table.count_images(images)
-        return Snapshot(
-            snapshot_id=0,  # given when it is published
-            created_at=datetime.datetime.now(datetime.UTC),
-            fingerprint=self.fingerprint,
-            images_version=table.version_of(images),
-            codec=built.codec,
-            segments=built.segments,
-            deleted_image_ids=built.deleted.tolist(),
-            nprobe=recall.nprobe,
-            listed=listing.num_listed,
-            indexed=num_indexed,
-            quarantined=num_quarantined,
-            num_vectors=built.num_vectors,
-            recall_at_50=recall.recall,
-        )
-
-    def _job(self, images: Any) -> RangeJob:
-        from for_ray.stages.ranges import RangeJob
-
-        return RangeJob(
-            index_uri=self.layout.index_uri,
-            fingerprint=self.fingerprint,
-            version=table.version_of(images),
-            run_id=self.run_id,
-        )
-
-    @contextlib.contextmanager
-    def _stage(self, name: str, *, total: int | None = None, unit: str = "images") -> Iterator[Any]:
-        with self.progress.stage(name, total=total, unit=unit) as update, failures(name):
-            yield update
 
     def _summary(
         self,
@@ -357,7 +221,6 @@ class _Run:
         snapshot: Snapshot | None,
         *,
         message: str,
-        images_per_second: float = 0.0,
         plan: IndexPlan | None = None,
     ) -> IndexSummary:
         if listing.num_ignored:
@@ -369,8 +232,8 @@ class _Run:
             changed=gap.num_changed,
             gone=gap.num_gone,
             unchanged=gap.num_unchanged,
-            seconds=round(time.monotonic() - self.started, 3),
-            images_per_second=round(images_per_second, 1),
+            seconds=round(self.found.seconds, 3),
+            images_per_second=round(self.found.images_per_second, 1),
             message=message,
             plan=plan,
         )

@@ -25,6 +25,7 @@ class Findings:
     Attributes:
         images: The table of encoded images.
         snapshot: What searches see.
+        has_published: Whether the run published it.
         num_skipped: Images that were gone or replaced when they were to be read.
         images_per_second: Of the encode stage.
     """
@@ -35,6 +36,7 @@ class Findings:
     gap: Gap | None = None
     images: Any = None
     snapshot: Snapshot | None = None
+    has_published: bool = False
     work: WorkTime | None = None
     num_skipped: int = 0
     images_per_second: float = 0.0

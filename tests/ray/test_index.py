@@ -171,13 +171,21 @@ def test_vectors_are_those_of_the_bare_encoder(index, pictures, encoder_name):
         np.testing.assert_allclose(np.array(rows[name]["vectors"], np.float32), expected, atol=2e-3)
 
 
+def files_of(index_path: Path) -> list[Path]:
+    """All files but the lease and the reports."""
+    return sorted(
+        path for path in index_path.rglob("*") if not {"lease", "reports"} & {*path.parts, path.stem}
+    )
+
+
 def test_a_second_run_changes_nothing(run, index):
-    before = sorted(path for path in index.rglob("*") if "lease" not in path.name)
+    before, num_reports = files_of(index), len(list(index.glob("reports/*")))
     again = run()
     assert again.message == "nothing changed; snapshot 1 stays"
     assert (again.new, again.changed, again.gone, again.unchanged, again.snapshot) == (0, 0, 0, 63, 1)
     assert (again.indexed, again.quarantined, again.vectors) == (60, 3, 240)
-    assert sorted(path for path in index.rglob("*") if "lease" not in path.name) == before
+    assert files_of(index) == before
+    assert len(list(index.glob("reports/*"))) > num_reports
 
 
 def test_new_changed_and_gone_images_are_closed(run, index, images, draw):
@@ -193,7 +201,7 @@ def test_new_changed_and_gone_images_are_closed(run, index, images, draw):
     rows = rows_of(index)
     kept = set(first) - {"00003.jpg", "00004.jpg", "00009.jpg", "page.jpg"}
     assert {name: rows[name] for name in kept} == {name: first[name] for name in kept}  # not encoded again
-    gone = {first[name]["_rowid"] for name in ("00003.jpg", "00004.jpg", "00009.jpg", "page.jpg")}
+    gone = {first[name]["_rowid"] for name in ("00003.jpg", "00004.jpg", "00009.jpg")}
     assert set(latest(index).deleted_image_ids) == gone
     assert rows["00003.jpg"]["_rowid"] not in {row["_rowid"] for row in first.values()}
     found = find_all(index, np.eye(32, dtype=np.float32)[0])
@@ -408,10 +416,9 @@ def test_the_command_prints_one_line_of_json(run, images, tmp_path, ray_address,
     assert list(summary) == JSON_KEYS
     assert (summary["indexed"], summary["quarantined"], summary["snapshot"]) == (60, 3, 1)
     words = [line.split()[0] for line in done.stderr.splitlines() if "(raylet)" not in line]
-    stages = ["list", "diff", "start", "encode", "build", "verify"]
-    assert [word for word in words if word in stages and word] == [
-        word for word in words if word not in {"published", *(name.split("_")[0] for name in JSON_KEYS)}
-    ]
+    stages = ["list", "diff", "start", "encode", "build", "merge", "verify", "sweep"]
+    others = {"published", "report:", *(name.split("_")[0] for name in JSON_KEYS)}
+    assert [word for word in words if word in stages] == [word for word in words if word not in others]
     assert list(dict.fromkeys(word for word in words if word in stages)) == stages
     assert "published snapshot 1" in done.stderr
 

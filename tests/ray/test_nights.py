@@ -1,0 +1,245 @@
+"""Nights of one index: what goes leaves, what was bad is tried again, what was published can come back."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import lance
+import numpy as np
+import pytest
+
+from for_ray.command import run_command
+from for_ray.config import IndexSettings
+from for_ray.errors import StageError
+from for_ray.index import snapshots
+from for_ray.pipeline.index import run_index
+from for_ray.pipeline.upkeep import roll_back, run_upkeep
+from for_ray.retrieval import open_index
+from for_ray.schema import Layout, RunReport
+from for_ray.stages.progress import Progress
+from for_ray.stages.report import IndexSummary
+
+
+class Nights:
+    """An index, the folder of its images, and the job on both."""
+
+    def __init__(self, home: Path, encoder: str, draw: Callable[..., None]) -> None:
+        self.images, self.index = home / "images", home / "index"
+        self.layout = Layout(str(self.index))
+        self._encoder, self._draw = encoder, draw
+
+    def run(self, **settings: Any) -> IndexSummary:
+        return run_index(self._settings(**settings), progress=Progress(is_quiet=True))
+
+    def _settings(self, **settings: Any) -> IndexSettings:
+        given = {
+            "images": str(self.images),
+            "index": str(self.index),
+            "encoder": self._encoder,
+            "head": "dense",
+            "keep_threshold": 1.0,
+            "batch_size": 8,
+            "max_bad_fraction": 0.1,
+        }
+        return IndexSettings(**given | settings)
+
+    def draw(self, numbers: range, *, seed: int = 0) -> None:
+        self._draw(self.images, numbers, seed=seed)
+
+    def remove(self, numbers: range) -> None:
+        for number in numbers:
+            (self.images / f"{number:05d}.jpg").unlink()
+
+    def found(self) -> list[str]:
+        """Names of all images that a search finds now."""
+        opened = open_index(str(self.index))
+        query = np.eye(opened.bundle.dim, dtype=np.float32)[0]
+        return sorted(Path(hit.uri).name for hit in opened.search_vector(query, k=1000))
+
+    def listed(self) -> list[str]:
+        return sorted(path.name for path in self.images.glob("0*.jpg"))
+
+    def command(self, **settings: Any) -> tuple[int, list[str]]:
+        """Exit code and output of `jobs/index.py` with these flags alone."""
+        chosen = IndexSettings(index=str(self.index), **settings)
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            code = run_command(lambda: run_upkeep(chosen, progress=Progress(is_quiet=True)))
+        return code, printed.getvalue().splitlines()
+
+    def reports(self) -> list[RunReport]:
+        """Of all runs, by their start."""
+        paths = sorted(self.index.glob("reports/*.json"))
+        found = [RunReport.model_validate_json(path.read_text()) for path in paths]
+        return sorted(found, key=lambda report: report.started_at)
+
+
+@pytest.fixture(scope="module")
+def first(
+    ray_address: str,
+    encoder_name: str,
+    draw: Callable[..., None],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Nights:
+    """An index of 60 images after its first night."""
+    nights = Nights(tmp_path_factory.mktemp("nights"), encoder_name, draw)
+    nights.draw(range(60))
+    nights.run()
+    return nights
+
+
+@pytest.fixture
+def nights(first: Nights) -> Iterator[Nights]:
+    """The same; what a test does to it is undone."""
+    kept = first.index.parent / "kept"
+    shutil.copytree(first.images, kept / "images")  # copy2: times stay, and with them etags
+    shutil.copytree(first.index, kept / "index")
+    yield first
+    for folder in (first.images, first.index):
+        shutil.rmtree(folder)
+        (kept / folder.name).rename(folder)
+    kept.rmdir()
+
+
+def test_gone_images_leave_results_at_once_and_segments_at_the_next_merge(nights: Nights) -> None:
+    nights.remove(range(5))
+    second = nights.run()
+    assert (second.gone, second.indexed, second.segments) == (5, 55, 1)
+    assert nights.found() == nights.listed()
+    before = snapshots.latest(nights.layout)
+    assert (len(before.deleted_image_ids), before.segments[0].num_dead) == (5, 20)
+    nights.remove(range(5, 20))  # now a third of the segment is dead
+    third = nights.run()
+    after = snapshots.latest(nights.layout)
+    assert (third.indexed, third.segments, third.vectors) == (40, 1, 160)
+    assert (after.deleted_image_ids, after.segments[0].num_dead) == ([], 0)
+    assert after.segments[0].num_vectors == 160
+    assert after.segments[0].file_name != before.segments[0].file_name
+    assert nights.found() == nights.listed()
+    assert after.codec == before.codec
+
+
+@pytest.mark.slow
+def test_nights_of_growth_leave_few_segments(nights: Nights) -> None:
+    for night in range(6):
+        nights.draw(range(100 + 4 * night, 104 + 4 * night))
+        nights.remove(range(night, night + 1))
+        summary = nights.run(keep_snapshots=2, keep_days=0)
+        assert nights.found() == nights.listed()
+        assert summary.segments <= 4
+    kept = list(snapshots.list_snapshots(nights.layout))
+    assert [snapshot.snapshot_id for snapshot in kept] == [7, 6]
+    segments = nights.index.glob("encoder-*/segments/segment-*")
+    named = {segment.file_name for snapshot in kept for segment in snapshot.segments}
+    assert {path.name for path in segments} == named
+    assert [point.snapshot_id for point in nights.reports()[-1].growth] == [1, 2, 3, 4, 5, 6, 7]
+
+
+def test_what_was_rolled_back_comes_again_and_nothing_is_encoded_twice(nights: Nights) -> None:
+    before = nights.found()
+    nights.remove(range(3))
+    nights.draw(range(200, 206))
+    nights.run()
+    table_uri = nights.layout.images_uri(snapshots.latest(nights.layout).fingerprint)
+    encoded = lance.dataset(table_uri).to_table(columns=["uri", "encoded_at"], with_row_id=True)
+    assert roll_back(nights.layout, 1).snapshot_id == 3
+    assert nights.found() == before
+    again = nights.run()
+    assert (again.new, again.changed, again.gone, again.snapshot) == (0, 0, 0, 4)
+    assert nights.found() == nights.listed()
+    assert lance.dataset(table_uri).to_table(columns=["uri", "encoded_at"], with_row_id=True) == encoded
+    assert nights.command(verify=True) == (0, [])
+
+
+def test_quarantined_images_are_tried_again_when_asked(nights: Nights) -> None:
+    """A file that only looks as it did: its bytes change, its time and size do not."""
+    path = nights.images / "00007.jpg"
+    good, status = path.read_bytes(), path.stat()
+    path.write_bytes(b"<" * len(good))
+    assert nights.run().quarantined == 1
+    code, lines = nights.command(show_quarantine=True, json=True)
+    assert (code, [json.loads(line)["uri"] for line in lines]) == (0, [str(path)])
+    bad = path.stat()
+    path.write_bytes(good)
+    os.utime(path, ns=(bad.st_atime_ns, bad.st_mtime_ns))
+    unasked = nights.run()
+    assert (unasked.changed, unasked.quarantined) == (0, 1)
+    asked = nights.run(retry_quarantined=True)
+    assert (asked.changed, asked.quarantined, asked.indexed) == (1, 0, 60)
+    assert nights.found() == nights.listed()
+    assert nights.command(show_quarantine=True)[1] == ["no image is quarantined"]
+    assert status.st_size == path.stat().st_size
+
+
+@pytest.mark.slow
+def test_an_old_encoder_goes_when_its_last_snapshot_expires(nights: Nights) -> None:
+    old = snapshots.latest(nights.layout).fingerprint
+    second = nights.run(head="clip", keep_snapshots=1, keep_days=1)
+    assert (second.new, second.vectors) == (60, 60)
+    assert Path(nights.layout.encoder_uri(old)).exists()
+    nights.draw(range(300, 301))
+    third = nights.run(encoder=None, head=None, keep_threshold=None, keep_snapshots=1, keep_days=0)
+    assert (third.new, third.vectors, third.snapshot) == (1, 61, 3)
+    assert not Path(nights.layout.encoder_uri(old)).exists()
+    assert [each.snapshot_id for each in snapshots.list_published(nights.layout)] == [3]
+    assert nights.found() == nights.listed()
+
+
+def test_a_codec_that_lost_its_recall_is_trained_anew_without_an_image(nights: Nights) -> None:
+    """Also in a night in which no image changes; and once."""
+    published = snapshots.latest(nights.layout)
+    assert published.codec.recall_at_50 == published.recall_at_50
+    snapshots.publish(nights.layout, published.model_copy(update={"recall_at_50": 0.5}))
+    second = nights.run()
+    assert second.message.startswith("published snapshot 3; the codec was trained anew: recall@50 was 1.000")
+    assert (second.new, second.changed, second.unchanged) == (0, 0, 60)
+    retrained = snapshots.latest(nights.layout)
+    assert retrained.codec.codec_id == published.codec.codec_id  # the same vectors give the same codec
+    assert {each.file_name for each in retrained.segments}.isdisjoint(
+        each.file_name for each in published.segments
+    )
+    assert nights.run().message == "nothing changed; snapshot 3 stays"
+
+
+def test_every_run_leaves_a_report(nights: Nights) -> None:
+    (nights.images / "empty.jpg").write_bytes(b"")
+    nights.run()
+    nights.run()
+    for number in range(20):
+        (nights.images / f"bad-{number}.jpg").write_bytes(b"")
+    with pytest.raises(StageError):
+        nights.run()
+    first, second, third, fourth = nights.reports()
+    assert [first.outcome, second.outcome, third.outcome] == ["published", "published", "unchanged"]
+    assert (second.new, second.unchanged, second.indexed, second.quarantined) == (1, 60, 60, 1)
+    assert [(cause.cause, cause.count) for cause in second.causes] == [("the file is empty", 1)]
+    assert second.causes[0].examples == (str(nights.images / "empty.jpg"),)
+    names = [stage.name for stage in first.stages]
+    assert names == ["list", "diff", "start", "encode", "build", "merge", "verify", "sweep"]
+    assert first.stages[3].done == 60
+    assert first.work.num_actors >= 1
+    assert first.work.encode_seconds > 0
+    assert fourth.outcome == "failed"
+    assert "max_bad_fraction" in fourth.message
+    assert fourth.snapshot_id == 2  # what searches go on to see
+    pages = sorted(nights.index.glob("reports/*.html"))
+    assert len(pages) == 4
+    assert sum("the file is empty" in page.read_text() for page in pages) == 3
+
+
+def test_verify_says_what_is_wrong_and_ends_with_1(nights: Nights) -> None:
+    assert nights.command(verify=True) == (0, [])
+    (segment,) = nights.index.glob("encoder-*/segments/segment-*")
+    content = bytearray(segment.read_bytes())
+    content[len(content) // 2] ^= 1
+    segment.write_bytes(content)
+    code, lines = nights.command(verify=True)
+    assert code == 1
+    assert len(lines) == 1
+    assert segment.name in lines[0]
