@@ -12,6 +12,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from for_ray.config import IndexSettings
 from for_ray.errors import ConfigError, DataError, StageError
 from for_ray.index import snapshots, table
@@ -102,9 +105,10 @@ def _verify(layout: Layout, settings: IndexSettings, progress: Progress) -> None
             layout,
             snapshot,
             cluster=Cluster(stack),
-            queries=recall_queries(layout, snapshot.fingerprint),
+            queries=_queries(layout, snapshot),
             cache_path=Path(folder),
             on_progress=update,
+            on_note=progress.say,
         )
     print_problems(problems, json=settings.json_)
     if problems:
@@ -117,6 +121,14 @@ def _verify(layout: Layout, settings: IndexSettings, progress: Progress) -> None
         f"{snapshot.quarantined:,} quarantined, {snapshot.num_vectors:,} vectors in "
         f"{len(snapshot.segments)} segments"
     )
+
+
+def _queries(layout: Layout, snapshot: Snapshot) -> NDArray[np.float32] | None:
+    """None where the encoder that would make them is damaged: the audit will say so."""
+    try:
+        return recall_queries(layout, snapshot.fingerprint)
+    except (ConfigError, DataError):
+        return None
 
 
 def _show_quarantine(layout: Layout, settings: IndexSettings) -> None:
