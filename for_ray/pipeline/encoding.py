@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,9 @@ from for_ray.storage import Lease, Spill, join_uri
 if TYPE_CHECKING:
     from for_ray.stages.blocks import TableJob
     from for_ray.stages.encode import Encoded, Pool
+
+MOST_PASSES = 4
+"""Of an encode stage: the first one, and those after processes died; each image decoded apart in these."""
 
 
 def encode_gap(
@@ -52,49 +56,46 @@ def encode_gap(
     Raises:
         StageError: Processes die also where images are decoded apart: images are not the cause.
     """
+    from for_ray.stages.blocks import EncodeCounts
     from for_ray.stages.encode import encode
 
-    first = encode(
-        images,
-        work_uri,
-        job=job,
-        pool=pool,
-        num_images=gap.num_to_encode,
-        commit_seconds=commit_seconds,
-        most_bad=most_bad,
-        lease=lease,
-        on_progress=on_progress,
-    )
-    if first.crash is None:
-        return first
-    rest = _rest_of(gap, images, first.table, folder=folder, rest_uri=join_uri(work_uri, "rest"))
-    # Images that were gone or replaced are in no table: they are met, and counted, again.
-    done = first.counts._replace(gone=0, changed=0)
-    if not rest.num_to_encode:
-        return first._replace(counts=done, crash=None)
-    second = encode(
-        first.table,
-        join_uri(work_uri, "rest"),
-        job=job,
-        pool=pool,
-        num_images=rest.num_to_encode,
-        commit_seconds=commit_seconds,
-        most_bad=most_bad - done.quarantined,
-        lease=lease,
-        on_progress=lambda count: on_progress(done.stored + count),
-        is_apart=True,
-    )
-    if second.crash is not None:
-        raise StageError(
-            "encode",
-            f"processes of tasks die again and again, though no image is to blame: {second.crash}; "
-            "has each node memory for them? Run again to go on: what was committed stays",
+    latest, uri, num_images = images, work_uri, gap.num_to_encode
+    done, work = EncodeCounts(), WorkTime()
+    for number in range(MOST_PASSES):
+        encoded = encode(
+            latest,
+            uri,
+            job=job,
+            pool=pool,
+            num_images=num_images,
+            commit_seconds=commit_seconds,
+            most_bad=most_bad - done.quarantined,
+            lease=lease,
+            on_progress=partial(_tell, on_progress, done.stored),
+            is_apart=number > 0,
         )
-    return second._replace(counts=done.plus(second.counts), work=_sum(first.work, second.work))
+        work = _sum(work, encoded.work)
+        if encoded.crash is None:
+            return encoded._replace(counts=done.plus(encoded.counts), work=work)
+        # Images that were gone or replaced are in no table: they are met, and counted, again.
+        done = done.plus(encoded.counts)._replace(gone=0, changed=0)
+        latest, uri = encoded.table, join_uri(work_uri, f"rest-{number}")
+        num_images = _write_rest(gap, images, latest, folder=folder / f"{number}", rest_uri=uri)
+        if not num_images:
+            return encoded._replace(counts=done, work=work, crash=None)
+    raise StageError(
+        "encode",
+        f"processes of workers died in {MOST_PASSES} attempts, though no image is to blame: {encoded.crash}; "
+        "have the nodes memory for them, and do they stay? Run again to go on: what was committed stays",
+    )
 
 
-def _rest_of(gap: Gap, before: Any, after: Any, *, folder: Path, rest_uri: str) -> Gap:
-    """The gap between what was to be encoded and the rows that came into the table since `before`."""
+def _tell(on_progress: Callable[[int], None], done: int, count: int) -> None:
+    on_progress(done + count)
+
+
+def _write_rest(gap: Gap, before: Any, after: Any, *, folder: Path, rest_uri: str) -> int:
+    """Write what was to be encoded without the rows that came into the table since `before`; how many."""
     wanted = Spill(folder / "wanted", pq.read_schema(gap.file_uris[0]))
     for uri in gap.file_uris:
         with pq.ParquetFile(uri) as file:
@@ -104,7 +105,7 @@ def _rest_of(gap: Gap, before: Any, after: Any, *, folder: Path, rest_uri: str) 
     known = (batch["_rowid"] for batch in table.scan_state(before) if batch.num_rows)
     last = max((pc.max(row_ids).as_py() for row_ids in known), default=-1)
     added = (_newer(batch, last) for batch in table.scan_state(after))
-    return write_gap(wanted, added, folder=folder / "rest", gap_uri=rest_uri)
+    return write_gap(wanted, added, folder=folder / "rest", gap_uri=rest_uri).num_to_encode
 
 
 def _newer(rows: pa.RecordBatch, last: int) -> pa.RecordBatch:

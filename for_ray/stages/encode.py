@@ -204,6 +204,7 @@ def _data_context() -> DataContext:
     context.execution_no_progress_timeout_s = NO_PROGRESS_SECONDS
     context.retried_map_errors = ["StorageError"]
     context.max_map_retries = TASK_RETRIES
+    context.max_consecutive_actor_init_deaths = TASK_RETRIES  # a node may go while an actor starts on it
     for handler in logging.getLogger("ray.data").handlers:
         if isinstance(handler, logging.StreamHandler):  # what it says to the console; its log file stays
             handler.setLevel(logging.CRITICAL)

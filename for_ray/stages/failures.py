@@ -29,7 +29,7 @@ def failures(stage: str) -> Iterator[None]:
 def crash_of(error: BaseException) -> str | None:
     """What killed the process of a task, or took its results away, as often as Ray tries again.
 
-    None where the error is another one: raised by a function, or the death of an actor.
+    None where the error is another one: raised by a function, or the death of an actor at its work.
     """
     from ray import exceptions
 
@@ -40,14 +40,18 @@ def crash_of(error: BaseException) -> str | None:
         exceptions.LocalRayletDiedError,
         exceptions.ObjectLostError,
     )
-    return _cause(error) if isinstance(error, crashes) else None
+    if isinstance(error, crashes):
+        return _cause(error)
+    # A task whose input went with its node, and the actor that could make it again is no more.
+    named = _named_error(error) if isinstance(error, exceptions.RayTaskError) else None
+    return _cause(error) if named and named[1] == "ray.exceptions." else None
 
 
 def _cause(error: BaseException) -> str:
     """The last "SomeError: message" of a worker's traceback that is not Ray's own, in one line."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    lines = _lines(error)
     for line in reversed(lines):
-        found = re.fullmatch(r"((?:\w+\.)*)(\w+(?:Error|Exception)): (.+)", line)
+        found = _ERROR.fullmatch(line)
         if found and not found[1].startswith("ray."):
             return found[3] if found[1].startswith("for_ray.") else f"{found[2]}: {found[3]}"
     if _is_death_of_actor(error):
@@ -56,6 +60,18 @@ def _cause(error: BaseException) -> str:
             "memory? Lower --batch-size, or give its node more, and run again: what was committed stays"
         )
     return lines[-1] if lines else type(error).__name__
+
+
+_ERROR = re.compile(r"((?:\w+\.)*)(\w+(?:Error|Exception)): (.+)")
+
+
+def _named_error(error: BaseException) -> re.Match[str] | None:
+    """The last line that is "SomeError: message", taken apart."""
+    return next(filter(None, map(_ERROR.fullmatch, reversed(_lines(error)))), None)
+
+
+def _lines(error: BaseException) -> list[str]:
+    return [line.strip() for line in str(error).splitlines() if line.strip()]
 
 
 def _is_death_of_actor(error: BaseException) -> bool:

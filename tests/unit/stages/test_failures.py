@@ -1,0 +1,55 @@
+"""Whose fault a failure of Ray is: an image's, a node's, an encoder's, or a function's."""
+
+from __future__ import annotations
+
+import pytest
+from ray.exceptions import (
+    ActorDiedError,
+    ActorUnavailableError,
+    ObjectLostError,
+    RayTaskError,
+    WorkerCrashedError,
+)
+
+from for_ray.errors import StageError, StorageError
+from for_ray.stages.failures import crash_of, failures
+
+ORPHANED = """Traceback (most recent call last):
+  At least one of the input arguments for this task could not be computed:
+ray.exceptions.ActorDiedError: The actor died unexpectedly before finishing this task.
+\tclass_name: MapWorker
+The actor never ran - it was cancelled before it started running."""
+RAISED = """Traceback (most recent call last):
+  File "blocks.py", line 1, in read_block
+for_ray.errors.StorageError: cannot read s3://b/k: access denied"""
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (WorkerCrashedError(), "The worker died unexpectedly"),
+        (ObjectLostError("ab" * 28, None, "here"), "lost due to node failure"),
+        (RayTaskError("write", ORPHANED, ValueError()), "The actor never ran"),
+        (RayTaskError("read", RAISED, ValueError()), None),
+        (ActorDiedError(), None),
+        (StorageError("refused"), None),
+    ],
+)
+def test_only_what_took_processes_or_results_away_is_a_crash(error, expected):
+    crash = crash_of(error)
+    assert crash is None if expected is None else expected in crash
+    assert "\n" not in (crash or "")
+
+
+def test_a_worker_says_what_our_own_error_says():
+    with pytest.raises(StageError) as caught, failures("encode"):
+        raise RayTaskError("read", RAISED, ValueError())
+    assert str(caught.value) == "encode: cannot read s3://b/k: access denied"
+
+
+@pytest.mark.parametrize("error", [ActorDiedError(), ActorUnavailableError("The actor is unavailable", None)])
+def test_an_encoder_that_dies_says_what_to_do(error):
+    with pytest.raises(StageError) as caught, failures("encode"):
+        raise error
+    assert str(caught.value).startswith("encode: the process of an encoder died 4 times at the same images")
+    assert "Lower --batch-size" in str(caught.value)
