@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Callable
 
 from for_ray.errors import ForRayError, StageError
+
+_is_command = threading.Event()
+
+
+def is_command() -> bool:
+    """Whether this process is a job that somebody waits for; its workers, and a library's user, are not."""
+    return _is_command.is_set()
 
 
 def run_command(job: Callable[[], None], *, when_interrupted: str = "interrupted") -> int:
@@ -15,6 +23,7 @@ def run_command(job: Callable[[], None], *, when_interrupted: str = "interrupted
         job: Reads its settings, does its work, prints what came of it.
         when_interrupted: What is said on an interrupt.
     """
+    _is_command.set()
     try:
         job()
     except KeyboardInterrupt:
@@ -23,4 +32,6 @@ def run_command(job: Callable[[], None], *, when_interrupted: str = "interrupted
     except ForRayError as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
         return 1 if isinstance(error, StageError) else 2
+    finally:
+        _is_command.clear()
     return 0

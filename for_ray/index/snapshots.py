@@ -18,6 +18,8 @@ import pyarrow as pa
 from pydantic import ValidationError
 
 from for_ray.errors import DataError
+from for_ray.index.commits import commit
+from for_ray.index.table import delete_rows
 from for_ray.schema import Layout, Snapshot
 from for_ray.storage import exists, join_uri, lance_options
 from for_ray.storage.refusals import lance_refusals
@@ -49,13 +51,12 @@ def publish(layout: Layout, snapshot: Snapshot) -> Snapshot:
     """
     table = _open(layout)
     snapshot = snapshot.model_copy(update={"snapshot_id": _last_id(table) + 1})
-    uri = layout.snapshots_uri
+    uri, row = layout.snapshots_uri, _row(snapshot)
+    mode = "create" if table is None else "append"
     with lance_refusals(uri):
-        lance.write_dataset(
-            _row(snapshot),
-            uri,
-            mode="create" if table is None else "append",
-            storage_options=lance_options(uri),
+        commit(
+            lambda: lance.write_dataset(row, uri, mode=mode, storage_options=lance_options(uri)),
+            find=lambda: _last_id(_open(layout)) == snapshot.snapshot_id or None,
         )
     return snapshot
 
@@ -148,7 +149,7 @@ def expire(layout: Layout, snapshot_ids: Iterable[int]) -> None:
         return
     with lance_refusals(layout.snapshots_uri):
         if ids:
-            table.delete(f"snapshot_id in ({ids})")
+            delete_rows(table, f"snapshot_id in ({ids})")
         table.cleanup_old_versions(older_than=datetime.timedelta(days=1))
 
 

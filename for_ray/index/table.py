@@ -20,6 +20,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from for_ray.errors import DataError
+from for_ray.index.commits import commit
 from for_ray.schema import Cause, pack_vector_ids
 from for_ray.storage import exists, join_uri, lance_options, shown
 from for_ray.storage.refusals import lance_refusals
@@ -79,7 +80,8 @@ def version_of(table: Any | None) -> int:
 
 def create_table(table_uri: str, schema: pa.Schema) -> Any:
     """An empty table whose row ids are stable."""
-    with lance_refusals(table_uri):
+
+    def create() -> Any:
         return lance.write_dataset(
             schema.empty_table(),
             table_uri,
@@ -87,6 +89,9 @@ def create_table(table_uri: str, schema: pa.Schema) -> Any:
             enable_stable_row_ids=True,
             storage_options=lance_options(table_uri),
         )
+
+    with lance_refusals(table_uri):
+        return commit(create, find=lambda: open_table(table_uri))
 
 
 def write_fragments(rows: pa.Table, table_uri: str) -> list[str]:
@@ -101,21 +106,41 @@ def write_fragments(rows: pa.Table, table_uri: str) -> list[str]:
 def append(table: Any, fragments: Iterable[str]) -> Any:
     """Add written fragments in one commit; the table after it."""
     added = [lance.FragmentMetadata.from_json(fragment) for fragment in fragments]
-    with lance_refusals(table.uri):
+    written = {file.path for fragment in added for file in fragment.files}
+    latest = table
+
+    def add() -> Any:
+        # Without retries of its own: after a try that broke off, a conflict may be that very try.
         return lance.LanceDataset.commit(
             table.uri,
             lance.LanceOperation.Append(added),
-            read_version=table.version,
+            read_version=latest.version,
             storage_options=lance_options(table.uri),
+            max_retries=20 if latest is table else 0,
         )
+
+    def find() -> Any | None:
+        nonlocal latest
+        latest = lance.dataset(table.uri, storage_options=lance_options(table.uri))
+        files = (file.path for part in latest.get_fragments() for file in part.metadata.files)
+        return latest if not written.isdisjoint(files) else None
+
+    with lance_refusals(table.uri):
+        return commit(add, find=find)
 
 
 def delete_images(table: Any, image_ids: NDArray[np.int64]) -> None:
     """Take rows out of the table's latest version; ids that it does not hold are passed over."""
     for start in range(0, len(image_ids), IDS_IN_A_DELETE):
         ids = ", ".join(map(str, image_ids[start : start + IDS_IN_A_DELETE].tolist()))
-        with lance_refusals(table.uri):
-            table.delete(f"_rowid in ({ids})")
+        delete_rows(table, f"_rowid in ({ids})")
+
+
+def delete_rows(table: Any, predicate: str) -> None:
+    """Take the rows that a predicate names out of the table's latest version."""
+    with lance_refusals(table.uri):
+        # A delete that is in already finds nothing to do.
+        commit(lambda: table.delete(predicate) or True, find=table.checkout_latest)
 
 
 def check_columns(table: Any, schema: pa.Schema) -> None:
@@ -138,8 +163,13 @@ def add_missing_columns(table: Any, schema: pa.Schema) -> None:
     known = set(table.schema.names)
     added = [field.with_nullable(True) for field in schema if field.name not in known]
     if added:
+
+        def find() -> bool | None:
+            table.checkout_latest()
+            return not {field.name for field in added}.difference(table.schema.names) or None
+
         with lance_refusals(table.uri):
-            table.add_columns(pa.schema(added))
+            commit(lambda: table.add_columns(pa.schema(added)) or True, find=find)
 
 
 def scan_state(table: Any) -> Iterator[pa.RecordBatch]:
@@ -221,14 +251,18 @@ def compact(table: Any, *, rows: int) -> Any:
     num_holed = sum(10 * fragment.num_deletions > fragment.metadata.physical_rows for fragment in fragments)
     if num_small <= FEW_FRAGMENTS and not num_holed:
         return table
-    with lance_refusals(table.uri):
-        table.optimize.compact_files(
+
+    def rewrite() -> Any:
+        return table.optimize.compact_files(
             target_rows_per_fragment=rows,
             materialize_deletions=True,
             materialize_deletions_threshold=0.1,
             max_source_bytes=COMPACT_BYTES,
             num_threads=1,
         )
+
+    with lance_refusals(table.uri):
+        commit(rewrite, find=table.checkout_latest)  # what is compact already stays as it is
     return open_table(table.uri)
 
 

@@ -32,7 +32,10 @@ def arrow_filesystem(uri: str) -> tuple[Any, str]:
     settings: dict[str, Any] = {"region": _region(bucket), **_lasting_keys()}
     if endpoint := _own_endpoint():
         settings["scheme"], settings["endpoint_override"] = endpoint.split("://", 1)
-    return fs.S3FileSystem(**settings), f"{bucket}/{key}".rstrip("/")
+
+    from for_ray.storage.arrow_s3 import PatientS3
+
+    return PatientS3(**settings), f"{bucket}/{key}".rstrip("/")
 
 
 def lance_options(uri: str) -> dict[str, str] | None:
@@ -43,7 +46,9 @@ def lance_options(uri: str) -> dict[str, str] | None:
     """
     if not is_s3(uri):
         return None
-    options = {"aws_region": _region(split_s3(uri)[0])}
+    from for_ray.storage.patience import LANCE_OPTIONS
+
+    options = LANCE_OPTIONS | {"aws_region": _region(split_s3(uri)[0])}
     if endpoint := _own_endpoint():
         options["aws_endpoint"] = endpoint
         options["allow_http"] = str(endpoint.startswith("http://")).lower()

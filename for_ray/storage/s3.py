@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import os
-import random
 import secrets
 import threading
 import time
@@ -27,13 +26,12 @@ from botocore.exceptions import (
 from botocore.utils import parse_timestamp
 from s3transfer.exceptions import RetriesExceededError
 
+from for_ray.command import is_command
 from for_ray.errors import DataError, StorageError
+from for_ray.storage import patience
 from for_ray.storage.disk import Entry, replacing
 from for_ray.storage.refusals import ConditionFailed, ObjectChanged, ObjectGone, disk_refusals, s3_refusal
 from for_ray.storage.uris import shown, split_s3
-
-NUM_ATTEMPTS = 8
-"""Tries of one request, unless AWS_MAX_ATTEMPTS says otherwise: about 3 s of waiting, 40 s when throttled."""
 
 _MOVED = ("PreconditionFailed", "412", "ConditionalRequestConflict", "409")
 _GONE = ("NoSuchKey", "404", "NoSuchVersion")
@@ -62,14 +60,11 @@ def connection(max_connections: int = 32) -> _Connection:
 
 
 def _connect(max_connections: int) -> _Connection:
-    retries: dict[str, Any] = {"mode": "standard"}
-    if "AWS_MAX_ATTEMPTS" not in os.environ:
-        retries["total_max_attempts"] = NUM_ATTEMPTS
     config = Config(
-        retries=retries,  # type: ignore[arg-type]
+        retries={"mode": "standard", "total_max_attempts": 1},
         max_pool_connections=max_connections,
-        connect_timeout=10,
-        read_timeout=60,
+        connect_timeout=patience.CONNECT_SECONDS,
+        read_timeout=patience.READ_SECONDS,
         tcp_keepalive=True,
     )
     try:
@@ -77,10 +72,16 @@ def _connect(max_connections: int) -> _Connection:
         core.get_component("response_parser_factory").set_parser_defaults(timestamp_parser=_timestamp)
         session = boto3.session.Session(botocore_session=core)
         # boto3 knows only AWS_DEFAULT_REGION; AWS_REGION is what every other SDK, and Lance, reads.
-        region = os.environ.get("AWS_REGION")
-        return _Connection(session, session.client("s3", config=config, region_name=region))
+        client = session.client("s3", config=config, region_name=os.environ.get("AWS_REGION"))
     except (BotoCoreError, ValueError) as error:
         raise s3_refusal(error, "reach", "S3", os.environ.get("AWS_ENDPOINT_URL", "AWS")) from error
+    if is_command() and not _connections:
+        try:
+            patience.greet(session, client)
+        except BotoCoreError as error:
+            raise s3_refusal(error, "reach", "S3", client.meta.endpoint_url) from error
+    patience.be_patient(client)
+    return _Connection(session, client)
 
 
 def _timestamp(value: Any) -> datetime.datetime:
@@ -155,14 +156,14 @@ def read_bytes(
     if start is not None:
         wanted["Range"] = f"bytes={start}-{'' if length is None else start + length - 1}"
     with _refusals("read", uri) as client:
-        for attempt in range(NUM_ATTEMPTS):
+        for attempt in range(1, patience.num_attempts() + 1):
             answer = _get(client, uri, wanted)
             try:
                 return _body(uri, answer, max_bytes)
             except _BROKEN_OFF:
-                if attempt == NUM_ATTEMPTS - 1:
+                if attempt == patience.num_attempts():
                     raise
-                time.sleep(random.random() * min(2**attempt, 20) / 20)  # noqa: S311  (as botocore waits)
+                time.sleep(patience.delay(attempt))
     raise AssertionError("unreachable")
 
 

@@ -17,6 +17,7 @@ from for_ray.storage import (
     read_bytes,
     write_bytes,
 )
+from for_ray.storage.patience import LANCE_OPTIONS
 from tests.seaweed import S3Server
 
 pytestmark = pytest.mark.s3
@@ -69,7 +70,7 @@ def test_boto3_pyarrow_and_lance_reach_the_same_bucket(s3_server, bucket_uri, tm
 
 
 def test_lance_is_told_what_it_cannot_find_itself(s3_server, monkeypatch):
-    assert lance_options("s3://b/x") == {
+    assert lance_options("s3://b/x") == LANCE_OPTIONS | {
         "aws_region": "us-east-1",
         "aws_endpoint": s3_server.endpoint,
         "allow_http": "true",
@@ -90,7 +91,7 @@ def test_a_role_renews_its_keys_itself(s3_server, tmp_path, monkeypatch):
     (tmp_path / "config").write_text(f"[profile ours]\ncredential_process = echo '{reply}'\n")
     (tmp_path / "credentials").write_text("")
     monkeypatch.setenv("AWS_ENDPOINT_URL", s3_server.endpoint)
-    assert lance_options("s3://b/x") == {
+    assert lance_options("s3://b/x") == LANCE_OPTIONS | {
         "aws_region": "us-east-1",
         "aws_endpoint": s3_server.endpoint,
         "allow_http": "true",

@@ -12,7 +12,7 @@ import pytest
 
 from for_ray.errors import DataError, ForRayError, StorageError
 from for_ray.storage import download, list_objects, read_bytes, write_bytes
-from for_ray.storage.s3 import NUM_ATTEMPTS
+from for_ray.storage.patience import NUM_ATTEMPTS
 
 pytestmark = pytest.mark.s3
 

@@ -7,6 +7,7 @@ from botocore import exceptions as boto
 
 from for_ray.errors import StorageError
 from for_ray.storage import connections, s3
+from for_ray.storage.patience import LANCE_OPTIONS
 from for_ray.storage.refusals import disk_refusal, s3_refusal
 
 ENDPOINT = "https://s3.eu-west-3.amazonaws.com"
@@ -93,7 +94,7 @@ def test_on_amazon_the_bucket_says_where_it_lies(on_amazon, monkeypatch):
 
     monkeypatch.setattr(client, "head_bucket", head_bucket)
     for _ in range(2):
-        assert connections.lance_options("s3://bucket/x") == {
+        assert connections.lance_options("s3://bucket/x") == LANCE_OPTIONS | {
             "aws_region": "eu-west-3",
             "aws_access_key_id": "k",
             "aws_secret_access_key": "s",
