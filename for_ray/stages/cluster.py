@@ -7,7 +7,9 @@ import logging
 import os
 import secrets
 import shutil
+import socket
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
@@ -23,6 +25,25 @@ FORWARDED = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAU
 
 MOST_STORE_BYTES, LEAST_STORE_BYTES = 2 << 30, 80 << 20
 """Ray's shared memory on a single machine: blocks stream, so that more would lie idle; Ray needs 75 MiB."""
+
+SECONDS_TO_LEAVE = 30
+"""Ray 2.60 was seen to wait for ever for a farewell of its GCS (`PythonGcsSubscriber::Close`)."""
+
+SECONDS_TO_LISTEN = 10
+"""For a head to take a connection."""
+
+MAX_PROBED_NODES = 32
+"""Nodes whose Python is asked for this package when a cluster is joined."""
+
+HOW_TO_BE_KNOWN = (
+    "set RAY_AUTH_MODE=token and the cluster's token in RAY_AUTH_TOKEN, or in a file that "
+    "RAY_AUTH_TOKEN_PATH names; `ray get-auth-token` on the head prints it"
+)
+
+HOW_TO_FIND_A_CLUSTER = (
+    "start one, correct the address (the head's host and port, 6379 by default), or unset it to run on this "
+    "machine alone"
+)
 
 
 class Cluster:
@@ -48,21 +69,23 @@ class Cluster:
 
     @property
     def task_cpus(self) -> int:
-        """CPUs for a task that has threads: those of the largest node that is there, four at most."""
-        _ = self.resources
-        import ray
+        """CPUs for a task that has threads: those of the largest node that is there, four at most.
 
-        nodes = [node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]]
-        return max(1, min(4, int(max(nodes, default=1))))
+        One where no node works yet: any that comes will do.
+        """
+        _ = self.resources
+        cpus = [node["Resources"].get("CPU", 0) for node in _workers()]
+        return max(1, min(4, int(max(cpus, default=1))))
 
     @property
     def task_memory_bytes(self) -> int:
-        """Memory that a task may reserve and use: the plan's, or half of a node's where nodes are small."""
-        _ = self.resources
-        import ray
+        """Memory that a task may reserve and use: the plan's, or half of a node's where nodes are small.
 
-        nodes = [node["Resources"].get("memory", 0) for node in ray.nodes() if node["Alive"]]
-        return max(1, min(DEFAULT_MEMORY_BYTES, int(max(nodes, default=0)) // 2))
+        One byte where no node works yet: what no node that comes has would be waited for in vain.
+        """
+        _ = self.resources
+        memory = [node["Resources"].get("memory", 0) for node in _workers()]
+        return max(1, min(DEFAULT_MEMORY_BYTES, int(max(memory, default=0)) // 2))
 
     @property
     def task_gpus(self) -> int:
@@ -80,7 +103,8 @@ def connect() -> Iterator[dict[str, float]]:
         What the cluster has, in Ray's names (`CPU`, `GPU`, `memory`, …).
 
     Raises:
-        ConfigError: RAY_ADDRESS names no cluster that answers, or none can be started here.
+        ConfigError: RAY_ADDRESS names no cluster that answers, that takes this run's token, and whose
+            workers have this package and this Ray and Python; or no cluster can be started here.
     """
     import ray
 
@@ -88,15 +112,40 @@ def connect() -> Iterator[dict[str, float]]:
         yield ray.cluster_resources()
         return
     logging.getLogger("ray").setLevel(logging.ERROR)
-    _start(ray) if _is_own() else _join(ray, os.environ["RAY_ADDRESS"])
+    if _is_own():
+        _start(ray)
+        leave = leave_own
+    else:
+        _join(ray, os.environ["RAY_ADDRESS"])
+        leave = ray.shutdown
     try:
         yield ray.cluster_resources()
     finally:
-        ray.shutdown()
+        leave()
+
+
+def leave_own() -> None:
+    """End the cluster that this process has started, also when its GCS does not answer any more."""
+    import ray
+
+    leaving = threading.Thread(target=ray.shutdown, name="leave-ray", daemon=True)
+    leaving.start()
+    leaving.join(SECONDS_TO_LEAVE)
+    node = ray._private.worker._global_node
+    if leaving.is_alive() and node is not None:
+        node.kill_gcs_server(check_alive=False)  # without a GCS the farewell fails, and the rest follows
+        leaving.join(SECONDS_TO_LEAVE)
 
 
 def _is_own() -> bool:
     return os.environ.get("RAY_ADDRESS", "") in ("", "local")
+
+
+def _workers() -> list[dict[str, Any]]:
+    """The nodes that run tasks now; a head that is kept free of them is none."""
+    import ray
+
+    return [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) > 0]
 
 
 def _prepare_environment() -> None:
@@ -142,17 +191,92 @@ def _silence() -> Iterator[None]:
 
 
 def _join(ray: Any, address: str) -> None:
+    if not _listens(address):
+        raise ConfigError(f"RAY_ADDRESS={address}: nobody listens there; {HOW_TO_FIND_A_CLUSTER}")
     try:
         with _silence():
             ray.init(
                 address=address, log_to_driver=False, logging_level=logging.ERROR, runtime_env=_runtime_env()
             )
+    except ray.exceptions.AuthenticationError as error:
+        reason = str(error).split(". ")[0]
+        raise ConfigError(f"RAY_ADDRESS={address}: {reason}; {HOW_TO_BE_KNOWN}") from None
     except (ConnectionError, ValueError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = " ".join(str(error).split())
+        if _is_refused(address):
+            message = f"the cluster does not take this run's token; {HOW_TO_BE_KNOWN}"
+        elif reason.startswith("Version mismatch"):
+            message = f"{reason} Run the job with the cluster's Ray and Python"
+        else:
+            message = f"no cluster answers there ({reason}); {HOW_TO_FIND_A_CLUSTER}"
+        raise ConfigError(f"RAY_ADDRESS={address}: {message}") from None
+    try:
+        _check_workers(address)
+    except ConfigError:
+        ray.shutdown()
+        raise
+
+
+def _is_refused(address: str) -> bool:
+    """Whether a GCS answers there, but not to our token; `ray.init` does not tell the two apart."""
+    import ray
+
+    try:
+        with _silence():
+            ray._raylet.GcsClient(address=address)
+    except ray.exceptions.AuthenticationError:
+        return True
+    except (ValueError, ray.exceptions.RayError):
+        return False
+    return False
+
+
+def _listens(address: str) -> bool:
+    """Whether somebody takes connections there; Ray waits minutes for that. True for other than host:port."""
+    host, _, port = address.rpartition(":")
+    if "/" in address or not host or not port.isdigit():
+        return True
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=SECONDS_TO_LISTEN).close()
+    except (OSError, OverflowError):
+        return False
+    return True
+
+
+def _check_workers(address: str) -> None:
+    """Raise unless the nodes that are there can import this package.
+
+    Raises:
+        ConfigError: One cannot, or has another version of it.
+    """
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    def find_version() -> str:  # local, hence sent as it is: a worker need not have the package to run it
+        import for_ray
+
+        return for_ray.__version__
+
+    probe = ray.remote(find_version)
+    nodes = [node["NodeID"] for node in _workers()][:MAX_PROBED_NODES]
+    try:
+        versions = ray.get(
+            [
+                probe.options(
+                    num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=True)
+                ).remote()
+                for node in nodes
+            ]
+        )
+        found = f"they have for_ray {', '.join(sorted(set(versions)))}, this run has {for_ray.__version__}"
+        is_right = set(versions) <= {for_ray.__version__}
+    except ray.exceptions.RayError as error:
+        found, is_right = str(error).strip().splitlines()[-1], False
+    if not is_right:
         raise ConfigError(
-            f"RAY_ADDRESS={address}: no cluster answers there ({reason}); start one, correct the address, or "
-            "unset it to run on this machine alone"
-        ) from None
+            f"RAY_ADDRESS={address}: its workers cannot run this job ({found}); install this checkout on all "
+            "nodes, or send it along: ray job submit --working-dir . -- python jobs/…"
+        )
 
 
 def _runtime_env() -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,8 +12,6 @@ import pytest
 from PIL import Image
 
 os.environ.update(RAY_AUTH_MODE="disabled", RAY_USAGE_STATS_ENABLED="0", OMP_NUM_THREADS="1")
-
-SECONDS_TO_LEAVE = 30
 
 MODEL = {
     "embed_dim": 32,
@@ -40,6 +37,8 @@ def ray_address() -> Iterator[str]:
     """A cluster that this process has joined; others join it by the address."""
     import ray
 
+    from for_ray.stages.cluster import leave_own
+
     ray.init(
         address="local",
         num_cpus=4,
@@ -50,13 +49,7 @@ def ray_address() -> Iterator[str]:
         logging_level="ERROR",
     )
     yield ray.get_runtime_context().gcs_address
-    # Ray 2.60 was seen to wait for ever for its GCS to answer a farewell; without a GCS it goes on.
-    leaving = threading.Thread(target=ray.shutdown, daemon=True)
-    leaving.start()
-    leaving.join(SECONDS_TO_LEAVE)
-    if leaving.is_alive():
-        ray._private.worker._global_node.kill_gcs_server(check_alive=False)
-        leaving.join(SECONDS_TO_LEAVE)
+    leave_own()
 
 
 @pytest.fixture(scope="session")
