@@ -171,7 +171,7 @@ def _start(server: S3Server) -> subprocess.Popen[bytes]:
         "-master.volumeSizeLimitMB=64",
         f"-volume.port={ports['volume']}",
         f"-volume.port.grpc={ports['volume-grpc']}",
-        "-volume.max=300",  # each bucket takes volumes of its own
+        "-volume.max=3000",  # each bucket takes seven of its own
         "-volume.preStopSeconds=0",
         "-filer",
         f"-filer.port={ports['filer']}",
