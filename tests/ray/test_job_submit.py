@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from for_ray.index import table
 from tests.clusters import RAY, Head, ray_head, wait_for
@@ -18,7 +19,7 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
 TOKEN = "0123456789abcdef" * 4
-NUM_IMAGES = 4000
+NUM_IMAGES = 1200
 
 
 @pytest.fixture(scope="module")
@@ -87,10 +88,12 @@ def test_a_dated_id_runs_once_and_the_exit_code_tells_how(run_job, draw, encoder
 
 
 def test_a_job_that_is_stopped_and_submitted_again_goes_on(run_job, draw, encoder_name, tmp_path):
-    draw(tmp_path / "drawn", range(40))
+    draw(tmp_path, range(1))
+    large = tmp_path / "large.png"  # takes a while to decode, so that there is a middle to stop in
+    Image.open(tmp_path / "00000.jpg").resize((1600, 1200)).save(large)
     (tmp_path / "images").mkdir()
     for number in range(NUM_IMAGES):
-        os.link(tmp_path / "drawn" / f"{number % 40:05d}.jpg", tmp_path / "images" / f"{number}.jpg")
+        os.link(large, tmp_path / "images" / f"{number}.png")
     index = tmp_path / "index"
     more = ["--commit-seconds", "0.05", "--batch-size", "16", "--max-actors", "1"]
     job = entrypoint(tmp_path / "images", index, encoder_name, *more)
@@ -105,7 +108,7 @@ def test_a_job_that_is_stopped_and_submitted_again_goes_on(run_job, draw, encode
     assert run_job("stop", "stopped").returncode == 0
     assert "Job 'stopped' was stopped" in run_job("status", "stopped").stdout
     held = num_rows()
-    assert 0 < held < NUM_IMAGES
+    assert 0 < held < NUM_IMAGES, held
     resumed = run_job("submit", "--submission-id", "resumed", *job)
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
     summary = summary_of(resumed)
