@@ -4,11 +4,11 @@
 
 Runs `jobs/index.py` as a user does, each run in a process and a Ray of its own. Of a night's 1 %, six tenths
 are new images, two tenths changed, two tenths gone. What Ray's start costs, with its workers, their imports
-and the model, is what a run takes that finds one new image: it is taken off both sides. Prints one JSON object:
-seconds of the full run, of each night and of that start, and the share that a night has of the full run,
-without it and with all of it but `ray.init`; segments and dead vectors after each night; a run on the same
-bucket unchanged. Exit code 1 if the median night takes more than 5 % of the full run, or an image is lost or
-found twice.
+and the model, is what a run takes that finds one new image: it is taken off both sides. Prints one JSON
+object: seconds of the full run, of each night and of that start, and the share that a night has of the full
+run, without it and with all of it but `ray.init`; segments and dead vectors after each night; a run on the
+same bucket unchanged. Exit code 1 if the median night takes more than 5 % of the full run, or an image is
+lost or found twice.
 """
 
 from __future__ import annotations
