@@ -117,9 +117,10 @@ class IndexWriter:
         images, counts = self._encode(images, listing, gap)
         with failures("encode"):
             # After their successors are there: a run that is refused, or dies, has lost nothing.
-            self.lease.check()
             for ids in itertools.chain(gap.changed_image_ids(), gap.gone_image_ids()):
+                self.lease.check()
                 table.delete_images(images, ids)
+            self.lease.check()
             images = table.compact(images, rows=self._small_file_rows)
         self.found.images, self.found.num_skipped = images, counts.skipped
         return images, counts.skipped
@@ -195,6 +196,7 @@ class IndexWriter:
                     on_progress=update,
                 )
             images, counts, self.found.work = encoded.table, encoded.counts, encoded.work
+            self.found.images, self.found.num_skipped = images, counts.skipped
             self.found.images_per_second = counts.stored / (time.monotonic() - started)
         with failures("encode"):
             check_readable(

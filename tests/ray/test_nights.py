@@ -227,6 +227,7 @@ def test_every_run_leaves_a_report(nights: Nights) -> None:
     assert first.work.encode_seconds > 0
     assert fourth.outcome == "failed"
     assert "max_bad_fraction" in fourth.message
+    assert [(cause.cause, cause.count) for cause in fourth.causes] == [("the file is empty", 21)]
     assert fourth.snapshot_id == 2  # what searches go on to see
     pages = sorted(nights.index.glob("reports/*.html"))
     assert len(pages) == 4
