@@ -6,6 +6,7 @@
     <index>/encoder-<fingerprint>/queries.npy    what recall is measured with
     <index>/snapshots.lance                      one row a published snapshot
     <index>/lease.json                           who writes now
+    <index>/removals/<fingerprint>               an encoder that is being removed; empty
     <index>/reports/<start>-<run>.json, .html    what each run did: `RunReport`, and a page for people
     <index>/work/<run>/                          what a run hands to its workers; removed when it ends
 
@@ -31,11 +32,12 @@ vectors that are *stored* for the image. Only this module packs and unpacks them
 from __future__ import annotations
 
 import datetime
+from typing import Annotated, Any
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, PlainSerializer, PlainValidator
 
 MAX_SLOTS = 256
 """Slots that a vector id has room for; an encoder with more is refused."""
@@ -161,12 +163,11 @@ class Codec(_Record):
     recall_at_50: float | None = None
 
 
-class Snapshot(_Record):
-    """What searches see: one published state of an index.
+class SnapshotRecord(_Record):
+    """A snapshot but for its deleted image ids, of which there may be a million: what may be held of many.
 
     Attributes:
         images_version: Of `images.lance`.
-        deleted_image_ids: Of images that the table holds no more and segments still do.
         nprobe: Lists that a search looks at in each segment.
         restores: The snapshot that this one repeats, where somebody rolled back; else None.
     """
@@ -177,7 +178,6 @@ class Snapshot(_Record):
     images_version: int
     codec: Codec | None
     segments: list[Segment]
-    deleted_image_ids: list[int]
     nprobe: int
     listed: int
     indexed: int
@@ -185,6 +185,35 @@ class Snapshot(_Record):
     num_vectors: int
     recall_at_50: float | None
     restores: int | None = None
+
+
+def _ascending(ids: Any) -> NDArray[np.int64]:
+    found = np.sort(np.asarray(ids, np.int64))
+    found.flags.writeable = False
+    return found
+
+
+class Snapshot(SnapshotRecord):
+    """What searches see: one published state of an index.
+
+    Attributes:
+        deleted_image_ids: int64 [n], ascending: of images that the table holds no more and segments still do.
+            8 bytes an id; as JSON a list.
+    """
+
+    deleted_image_ids: Annotated[
+        NDArray[np.int64],
+        PlainValidator(_ascending),
+        PlainSerializer(lambda ids: np.asarray(ids).tolist(), when_used="json"),
+    ]
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Snapshot):
+            return NotImplemented
+        mine, its = dict(self.__dict__), dict(other.__dict__)
+        return np.array_equal(mine.pop("deleted_image_ids"), its.pop("deleted_image_ids")) and mine == its
+
+    __hash__ = None  # type: ignore[assignment]  # an array has none
 
 
 class StageTime(_Record):
@@ -500,6 +529,10 @@ class Layout:
     def lease_uri(self) -> str:
         """The lease that lets one run write."""
         return f"{self.index_uri}/lease.json"
+
+    def removal_uri(self, fingerprint: str) -> str:
+        """The mark of an encoder that is being removed; all marks where the fingerprint is empty."""
+        return f"{self.index_uri}/removals/{fingerprint}"
 
     def encoder_uri(self, fingerprint: str) -> str:
         """Everything that one encoder made."""

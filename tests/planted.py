@@ -56,6 +56,7 @@ class PlantedIndex:
     layout: Layout
     bundle: Bundle
     segments: list[Segment] = field(default_factory=list)
+    counts: list[int] = field(default_factory=list)  # vectors of each image
     codec_path: Path | None = None
     end_image_id: int = 0
 
@@ -95,6 +96,7 @@ class PlantedIndex:
             images_table = table.create_table(self.images_uri, schema)
         table.append(images_table, table.write_fragments(_rows(images, schema), self.images_uri))
         self.end_image_id += len(images)
+        self.counts += [len(image.vectors) for image in images]
 
     def _build_segment(self, images_table: object, first: int, codec: str) -> None:
         batches = list(table.read_vectors(images_table, first, self.end_image_id, batch_rows=100))
@@ -122,12 +124,17 @@ class PlantedIndex:
             )
         )
 
+    def _counted(self, segment: Segment, deleted: Sequence[int]) -> Segment:
+        inside = [each for each in deleted if segment.first_image_id <= each < segment.end_image_id]
+        return segment.model_copy(update={"num_dead": sum(self.counts[each] for each in inside)})
+
     def publish(
         self, *, deleted: Sequence[int] = (), nprobe: int = 1, fingerprint: str | None = None
     ) -> Snapshot:
         """Publish what the table and the segments hold now."""
         images_table = table.open_table(self.images_uri)
         indexed, quarantined = table.count_images(images_table)
+        segments = [self._counted(segment, deleted) for segment in self.segments]
         return snapshots.publish(
             self.layout,
             Snapshot(
@@ -136,13 +143,13 @@ class PlantedIndex:
                 fingerprint=fingerprint or self.bundle.fingerprint,
                 images_version=images_table.version,
                 codec=self._codec if self.segments else None,
-                segments=self.segments,
-                deleted_image_ids=list(deleted),
+                segments=segments,
+                deleted_image_ids=np.array(deleted, np.int64),
                 nprobe=nprobe,
                 listed=indexed + quarantined,
                 indexed=indexed,
                 quarantined=quarantined,
-                num_vectors=sum(segment.num_vectors for segment in self.segments),
+                num_vectors=sum(segment.num_live for segment in segments),
                 recall_at_50=None,
             ),
         )

@@ -10,7 +10,7 @@ import datetime
 import itertools
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import lance
 import numpy as np
@@ -20,7 +20,7 @@ from pydantic import ValidationError
 from for_ray.errors import DataError
 from for_ray.index.commits import commit
 from for_ray.index.table import delete_rows
-from for_ray.schema import Layout, Snapshot
+from for_ray.schema import Layout, Snapshot, SnapshotRecord
 from for_ray.storage import exists, join_uri, lance_options
 from for_ray.storage.refusals import lance_refusals
 
@@ -33,7 +33,9 @@ SNAPSHOTS_SCHEMA = pa.schema(
         pa.field("deleted_image_ids", pa.list_(pa.int64()), nullable=False),
     ]
 )
-"""`record` is the `Snapshot` as JSON, but for the deleted image ids: there may be a million of them."""
+"""`record` is a `SnapshotRecord` as JSON."""
+
+_Kind = TypeVar("_Kind", bound=SnapshotRecord)
 
 
 def publish(layout: Layout, snapshot: Snapshot) -> Snapshot:
@@ -68,11 +70,22 @@ def latest(layout: Layout) -> Snapshot:
         DataError: None was published here.
         StorageError: The store refused.
     """
-    table = _open(layout)
-    last = _last_id(table)
-    if table is None or not last:
+    found = find_latest(layout)
+    if found is None:
         raise _nothing_published(layout)
-    return _read(layout, table, last)
+    return found
+
+
+def find_latest(layout: Layout, *, fingerprint: str | None = None) -> Snapshot | None:
+    """The snapshot that was published last, of all or of one encoder; None where there is none.
+
+    Raises:
+        DataError: The record is not readable.
+        StorageError: The store refused.
+    """
+    table = _open(layout)
+    rows = _rows(table, fingerprint) if table is not None else []
+    return _read(layout, table, rows[-1]) if rows else None
 
 
 def by_id(layout: Layout, snapshot_id: int) -> Snapshot:
@@ -85,11 +98,18 @@ def by_id(layout: Layout, snapshot_id: int) -> Snapshot:
     table = _open(layout)
     if table is None:
         raise _nothing_published(layout)
-    return _read(layout, table, snapshot_id)
+    rows = _rows(table)
+    for row in rows:
+        if row.snapshot_id == snapshot_id:
+            return _read(layout, table, row)
+    known = ", ".join(str(row.snapshot_id) for row in rows[-10:])
+    raise DataError(f"{layout.index_uri} has no snapshot {snapshot_id}; the last ones are {known}")
 
 
-def list_snapshots(layout: Layout, *, fingerprint: str | None = None) -> Iterator[Snapshot]:
+def list_snapshots(layout: Layout, *, fingerprint: str | None = None) -> Iterator[SnapshotRecord]:
     """All snapshots, or those of one encoder, the newest first; a record is read when it is asked for.
+
+    Their deleted image ids are not read: `by_id` has them.
 
     Raises:
         DataError: A record is not readable.
@@ -97,8 +117,8 @@ def list_snapshots(layout: Layout, *, fingerprint: str | None = None) -> Iterato
     """
     table = _open(layout)
     if table is not None:
-        for snapshot_id in reversed(_ids(table, fingerprint)):
-            yield _read(layout, table, snapshot_id)
+        for row in reversed(_rows(table, fingerprint)):
+            yield _validated(layout, row, SnapshotRecord, _record(layout, table, row, ["record"]))
 
 
 class Published(NamedTuple):
@@ -162,14 +182,25 @@ def _open(layout: Layout) -> lance.LanceDataset | None:
         return lance.dataset(uri, storage_options=lance_options(uri))
 
 
-def _ids(table: lance.LanceDataset, fingerprint: str | None = None) -> list[int]:
+class _Row(NamedTuple):
+    """Where a snapshot stands in the table."""
+
+    snapshot_id: int
+    fingerprint: str
+    row_id: int
+
+
+def _rows(table: lance.LanceDataset, fingerprint: str | None = None) -> list[_Row]:
+    """Of all snapshots, or those of one encoder, the oldest first."""
     with lance_refusals(table.uri):
-        rows = table.to_table(columns=["snapshot_id", "fingerprint"]).to_pylist()
-    return sorted(row["snapshot_id"] for row in rows if fingerprint in (None, row["fingerprint"]))
+        found = table.to_table(columns=["snapshot_id", "fingerprint"], with_row_id=True).to_pylist()
+    rows = (_Row(row["snapshot_id"], row["fingerprint"], row["_rowid"]) for row in found)
+    return sorted(row for row in rows if fingerprint in (None, row.fingerprint))
 
 
 def _last_id(table: lance.LanceDataset | None) -> int:
-    return max(_ids(table), default=0) if table is not None else 0
+    rows = _rows(table) if table is not None else []
+    return rows[-1].snapshot_id if rows else 0
 
 
 def _row(snapshot: Snapshot) -> pa.Table:
@@ -186,22 +217,28 @@ def _row(snapshot: Snapshot) -> pa.Table:
     )
 
 
-def _read(layout: Layout, table: lance.LanceDataset, snapshot_id: int) -> Snapshot:
+def _read(layout: Layout, table: lance.LanceDataset, row: _Row) -> Snapshot:
+    return _validated(layout, row, Snapshot, _record(layout, table, row, ["record", "deleted_image_ids"]))
+
+
+def _record(layout: Layout, table: lance.LanceDataset, row: _Row, columns: list[str]) -> dict[str, Any]:
+    """The fields of a snapshot that these columns hold."""
     with lance_refusals(layout.snapshots_uri):
-        rows = table.to_table(
-            columns=["record", "deleted_image_ids"], filter=f"snapshot_id = {int(snapshot_id)}"
-        ).to_pylist()
-    if not rows:
-        known = ", ".join(map(str, _ids(table)[-10:]))
-        raise DataError(f"{layout.index_uri} has no snapshot {snapshot_id}; the last ones are {known}")
-    record = json.loads(rows[0]["record"]) | {"deleted_image_ids": rows[0]["deleted_image_ids"]}
+        found = table._take_rows([row.row_id], columns=columns)
+    fields: dict[str, Any] = json.loads(found["record"][0].as_py())
+    if "deleted_image_ids" in columns:
+        fields["deleted_image_ids"] = found["deleted_image_ids"][0].values.to_numpy()
+    return fields
+
+
+def _validated(layout: Layout, row: _Row, kind: type[_Kind], fields: dict[str, Any]) -> _Kind:
     try:
-        return Snapshot.model_validate(record)
+        return kind.model_validate(fields)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise DataError(
-            f"snapshot {snapshot_id} of {layout.index_uri} cannot be read ({where}: {first['msg']}); "
+            f"snapshot {row.snapshot_id} of {layout.index_uri} cannot be read ({where}: {first['msg']}); "
             "it was published by another version of for_ray, use that one"
         ) from error
 

@@ -7,16 +7,18 @@ compaction; ids grow in the order of the commits and are never given twice.
 from __future__ import annotations
 
 import datetime
+import functools
 import json
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import lance
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from lance.optimize import Compaction
 from numpy.typing import NDArray
 
 from for_ray.errors import DataError
@@ -233,7 +235,7 @@ COMPACT_BYTES = 16 << 30
 """What one compaction reads at most: it runs on the driver; the next night goes on."""
 
 
-def compact(table: Any, *, rows: int) -> Any:
+def compact(table: Any, *, rows: int, check: Callable[[], None]) -> Any:
     """Write small files of the table as fewer ones, and files with many deleted rows without these.
 
     Row ids stay. What a year of nights leaves behind would make every scan open thousands of files. Memory: a
@@ -242,6 +244,8 @@ def compact(table: Any, *, rows: int) -> Any:
     Args:
         table: At its latest version; nobody else writes to it.
         rows: A file with fewer is small, and what comes of small ones has about so many.
+        check: Called before each file that is written, and before the commit; what it raises ends the
+            compaction, and the table is as it was.
 
     Returns:
         The table after it; the same one where there was little to do.
@@ -252,18 +256,33 @@ def compact(table: Any, *, rows: int) -> Any:
     if num_small <= FEW_FRAGMENTS and not num_holed:
         return table
 
-    def rewrite() -> Any:
-        return table.optimize.compact_files(
-            target_rows_per_fragment=rows,
-            materialize_deletions=True,
-            materialize_deletions_threshold=0.1,
-            max_source_bytes=COMPACT_BYTES,
-            num_threads=1,
-        )
-
+    options = {
+        "target_rows_per_fragment": rows,
+        "materialize_deletions": True,
+        "materialize_deletions_threshold": 0.1,
+        "max_source_bytes": COMPACT_BYTES,
+        "num_threads": 1,
+    }
     with lance_refusals(table.uri):
-        commit(rewrite, find=table.checkout_latest)  # what is compact already stays as it is
+        tasks = Compaction.plan(table, options).tasks
+        rewrites = []
+        for task in tasks:
+            check()
+            rewrites.append(commit(functools.partial(task.execute, table), find=lambda: None))
+        if rewrites:
+            check()
+            _commit_rewrites(table, tasks, rewrites)
     return open_table(table.uri)
+
+
+def _commit_rewrites(table: Any, tasks: Sequence[Any], rewrites: list[Any]) -> None:
+    replaced = {fragment.id for task in tasks for fragment in task.fragments}
+
+    def find() -> bool | None:
+        table.checkout_latest()
+        return replaced.isdisjoint(fragment.fragment_id for fragment in table.get_fragments()) or None
+
+    commit(lambda: bool(Compaction.commit(table, rewrites)) or True, find=find)
 
 
 def sweep_versions(table_uri: str, kept: Iterable[int]) -> None:
@@ -304,31 +323,8 @@ def count_held(table: Any, first: int) -> Held:
     return held
 
 
-def count_vectors(table: Any, image_ids: NDArray[np.int64]) -> int:
-    """The number of vectors of these images; ids that the table does not hold count nothing."""
-    num_vectors = 0
-    for start in range(0, len(image_ids), IDS_IN_A_DELETE):
-        taken = _take(table, image_ids[start : start + IDS_IN_A_DELETE], ["boxes"])
-        num_vectors += _num_items(taken["boxes"])
-    return num_vectors
-
-
 def _num_items(lists: pa.Array | pa.ChunkedArray) -> int:
     return pc.sum(pc.list_value_length(lists)).as_py() or 0
-
-
-def missing_image_ids(table: Any, first: int, end: int) -> NDArray[np.int64]:
-    """The ids with `first` <= id < `end` that the table does not hold any more, ascending."""
-    is_missing = np.ones(max(end - first, 0), bool)
-    for ids in _scan_image_ids(table, f"_rowid >= {first} AND _rowid < {end}"):
-        is_missing[ids - first] = False
-    return np.flatnonzero(is_missing) + first
-
-
-def _scan_image_ids(table: Any, predicate: str) -> Iterator[NDArray[np.int64]]:
-    for batch in _scan(table, [], with_row_id=True, filter=predicate):
-        if batch.num_rows:
-            yield batch["_rowid"].to_numpy().astype(np.int64)
 
 
 def read_vectors(table: Any, first: int, end: int, *, batch_rows: int) -> Iterator[ImageVectors]:

@@ -24,12 +24,14 @@ from for_ray.index.plan import IndexPlan, plan_index
 from for_ray.model.bundle import Bundle, check_indexable, open_bundle
 from for_ray.pipeline.index_report import Findings, report_run
 from for_ray.pipeline.index_write import IndexWriter
+from for_ray.pipeline.upkeep import sweep_idle
 from for_ray.schema import Layout, Snapshot
 from for_ray.stages.cluster import Cluster
 from for_ray.stages.diff import Gap, write_gap
 from for_ray.stages.listing import Listing, write_listing
 from for_ray.stages.progress import Progress
 from for_ray.stages.report import IndexSummary
+from for_ray.stages.sweep import finish_removals, is_removed
 from for_ray.storage import Lease, canonical_uri, check_writable, exists, join_uri
 
 DEFAULT_ENCODER = "picturebook"
@@ -56,8 +58,11 @@ def run_index(settings: IndexSettings, *, progress: Progress) -> IndexSummary:
             summary = run.close_gap()
         except StageError as error:
             progress.say(run.report("failed", str(error)))
+            run.sweep_idle(has_failed=True)
             raise
         progress.say(run.report("published" if run.found.has_published else "unchanged", summary.message))
+        if not run.found.has_published:
+            run.sweep_idle(has_failed=False)
         return summary
 
 
@@ -70,7 +75,7 @@ class _Run:
         self.images_uri = settings.images or ""  # settings without are not of a run
         self.layout = Layout(canonical_uri(settings.index))
         self.run_id = secrets.token_hex(4)
-        self.latest = next(snapshots.list_snapshots(self.layout), None)
+        self.latest = snapshots.find_latest(self.layout)
         self.bundle = _open_encoder(settings, self.layout, self.latest)
         self.fingerprint = self.bundle.fingerprint
         self.base = self._find_base()
@@ -78,10 +83,15 @@ class _Run:
         plan_index(1, self.bundle.dim, codec=self._codec)  # refuses a wrong codec while nothing is written
 
     def _find_base(self) -> Snapshot | None:
-        # An encoder that was here before continues its own segments, whoever published last. Of one whose
-        # last snapshot is just being swept away, the snapshot may outlive the table.
-        base = next(snapshots.list_snapshots(self.layout, fingerprint=self.fingerprint), None)
-        return base if base and table.open_table(self.layout.images_uri(self.fingerprint)) else None
+        # An encoder that was here before continues its own segments, whoever published last. Of one that is
+        # just being swept away, the snapshot may have been read before it left the list.
+        base = snapshots.find_latest(self.layout, fingerprint=self.fingerprint)
+        return base if base and self._open_images() is not None else None
+
+    def _open_images(self) -> Any | None:
+        # What a sweep that died has left of an encoder is deleted before this run writes.
+        is_there = not is_removed(self.layout, self.fingerprint)
+        return table.open_table(self.layout.images_uri(self.fingerprint)) if is_there else None
 
     @property
     def _codec(self) -> str | None:
@@ -96,7 +106,7 @@ class _Run:
         if self.base is None:
             self._check_weights()
         listing = self._list()
-        images = table.open_table(self.table_uri)
+        images = self._open_images()
         gap = self._diff(listing, images)
         held = table.count_held(images, 0) if images is not None else table.Held(0, 0, 0)
         per_image = held.num_vectors / held.num_images if held.num_images else self.bundle.num_slots
@@ -111,7 +121,7 @@ class _Run:
         """The run. Whatever can be refused is refused before the lease, the first thing that is written."""
         if not exists(join_uri(self.layout.bundle_uri(self.fingerprint), "encoder.toml")):
             self._check_weights()
-        images = table.open_table(self.table_uri)
+        images = self._open_images()
         listing, gap = self._compare(images)
         self.found.snapshot = self.latest
         if self._is_current(gap, images):
@@ -125,7 +135,8 @@ class _Run:
             lease = stack.enter_context(
                 Lease.acquire(self.layout.lease_uri, f"jobs/index.py (run {self.run_id})")
             )
-            latest = table.open_table(self.table_uri)
+            finish_removals(self.layout, lease)
+            latest = self._open_images()
             if table.version_of(latest) != table.version_of(images):
                 # Another run wrote meanwhile: what it encoded may be newer than this list.
                 images, self.base = latest, self._find_base()
@@ -145,6 +156,17 @@ class _Run:
             )
             message = writer.write(listing, gap, images)
         return self._summary(listing, gap, self.found.snapshot, message=message)
+
+    def sweep_idle(self, *, has_failed: bool) -> None:
+        """Sweep what a run that published nothing may sweep."""
+        said = sweep_idle(
+            self.layout,
+            keep_snapshots=self.settings.keep_snapshots,
+            keep_days=self.settings.keep_days,
+            has_failed=has_failed,
+        )
+        if said:
+            self.progress.say(said)
 
     def report(self, outcome: str, message: str) -> str:
         """Write the run's report; what to say of it."""

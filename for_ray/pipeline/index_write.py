@@ -120,8 +120,7 @@ class IndexWriter:
             for ids in itertools.chain(gap.changed_image_ids(), gap.gone_image_ids()):
                 self.lease.check()
                 table.delete_images(images, ids)
-            self.lease.check()
-            images = table.compact(images, rows=self._small_file_rows)
+            images = table.compact(images, rows=self._small_file_rows, check=self.lease.check)
         self.found.images, self.found.num_skipped = images, counts.skipped
         return images, counts.skipped
 
@@ -268,7 +267,7 @@ class IndexWriter:
             images_version=table.version_of(images),
             codec=codec,
             segments=built.segments,
-            deleted_image_ids=built.deleted.tolist(),
+            deleted_image_ids=built.deleted,
             nprobe=recall.nprobe,
             listed=listing.num_listed,
             indexed=num_indexed,

@@ -10,13 +10,12 @@ import datetime
 import re
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from for_ray.config import IndexSettings
-from for_ray.errors import ConfigError, DataError, StageError
+from for_ray.errors import ConfigError, DataError, ForRayError, StageError
 from for_ray.index import snapshots, table
 from for_ray.model.bundle import open_bundle
 from for_ray.pipeline.queries import recall_queries
@@ -24,6 +23,8 @@ from for_ray.schema import Codec, Layout, Segment, Snapshot
 from for_ray.stages.cluster import Cluster
 from for_ray.stages.progress import Progress
 from for_ray.stages.report import print_problems, print_quarantine, print_snapshots
+from for_ray.stages.run_report import sweep_reports
+from for_ray.stages.sweep import is_due, sweep
 from for_ray.storage import Lease, canonical_uri, list_objects, stat
 
 _BUNDLE = re.compile(r".*/encoder-(?P<fingerprint>[0-9a-f]+)/bundle/encoder\.toml")
@@ -53,6 +54,33 @@ def run_upkeep(settings: IndexSettings, *, progress: Progress) -> None:
         )
 
 
+def sweep_idle(layout: Layout, *, keep_snapshots: int, keep_days: float, has_failed: bool) -> str:
+    """Sweep after a run that published nothing: reports always, the rest only where there is something to.
+
+    A run that failed may have left segments that nothing names; after another one it costs one look at the
+    list of snapshots. Where another run holds the lease, the rest is left to that one.
+
+    Args:
+        layout: The index; it need not be there.
+        keep_snapshots: See `snapshots.choose_expired`.
+        keep_days: Likewise.
+        has_failed: Whether the run did.
+
+    Returns:
+        What to say of it; empty where all went well.
+    """
+    try:
+        sweep_reports(layout)
+        if has_failed or is_due(layout, keep_snapshots=keep_snapshots, keep_days=keep_days):
+            with Lease.acquire(layout.lease_uri, "jobs/index.py (sweep)") as lease:
+                sweep(layout, lease, keep_snapshots=keep_snapshots, keep_days=keep_days)
+    except ConfigError:  # another run has the lease, and sweeps
+        return ""
+    except ForRayError as error:
+        return f"sweeping failed: {error}"
+    return ""
+
+
 def roll_back(layout: Layout, snapshot_id: int) -> Snapshot:
     """Publish a snapshot once more: searches that open the index from now on see it.
 
@@ -66,7 +94,7 @@ def roll_back(layout: Layout, snapshot_id: int) -> Snapshot:
     """
     wanted = snapshots.by_id(layout, snapshot_id)
     with Lease.acquire(layout.lease_uri, f"jobs/index.py --rollback {snapshot_id}") as lease:
-        if _content(wanted) == _content(snapshots.latest(layout)):
+        if _holds_the_same(wanted, snapshots.latest(layout)):
             raise ConfigError(f"snapshot {snapshot_id} is what searches of {layout.index_uri} see already")
         _check_files(layout, wanted)
         lease.check()
@@ -75,8 +103,10 @@ def roll_back(layout: Layout, snapshot_id: int) -> Snapshot:
         return snapshots.publish(layout, wanted.model_copy(update={"created_at": now, "restores": restores}))
 
 
-def _content(snapshot: Snapshot) -> dict[str, Any]:
-    return snapshot.model_dump(exclude={"snapshot_id", "created_at", "restores"})
+def _holds_the_same(one: Snapshot, other: Snapshot) -> bool:
+    """Whether they differ in nothing but in when, and as what, they were published."""
+    published = {name: getattr(other, name) for name in ("snapshot_id", "created_at", "restores")}
+    return one.model_copy(update=published) == other
 
 
 def _check_files(layout: Layout, snapshot: Snapshot) -> None:

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from for_ray.index.plan import IndexPlan, plan_index
 from for_ray.reports.page import shown_bytes
-from for_ray.schema import Cause, Snapshot
+from for_ray.schema import Cause, Snapshot, SnapshotRecord
 from for_ray.storage import shown
 
 ONE_BILLION = 1_000_000_000
@@ -124,7 +124,7 @@ def print_summary(summary: IndexSummary | LabelSummary, stream: TextIO | None = 
     console.print(summary.message)
 
 
-def print_snapshots(snapshots: Sequence[Snapshot], *, json: bool, stream: TextIO | None = None) -> None:
+def print_snapshots(snapshots: Sequence[SnapshotRecord], *, json: bool, stream: TextIO | None = None) -> None:
     """Print the snapshots of an index in their order, and which of them searches see.
 
     Args:
@@ -161,14 +161,14 @@ def print_snapshots(snapshots: Sequence[Snapshot], *, json: bool, stream: TextIO
     _print_table(names, rows, texts=texts, stream=stream)
 
 
-def _mark(snapshot: Snapshot, current: int) -> str:
+def _mark(snapshot: SnapshotRecord, current: int) -> str:
     marks = ["current"] if snapshot.snapshot_id == current else []
     if snapshot.restores is not None:
         marks.append(f"repeats {snapshot.restores}")
     return ", ".join(marks)
 
 
-def _snapshot_record(snapshot: Snapshot) -> dict[str, object]:
+def _snapshot_record(snapshot: SnapshotRecord) -> dict[str, object]:
     return {
         "snapshot": snapshot.snapshot_id,
         "created_at": snapshot.created_at.isoformat(),

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from for_ray.errors import DataError
 from for_ray.reports.nightly import render_nightly
-from for_ray.schema import GrowthPoint, Layout, RunReport, Snapshot
+from for_ray.schema import GrowthPoint, Layout, RunReport, SnapshotRecord
 from for_ray.storage import canonical_uri, delete, exists, list_objects, read_bytes, write_bytes
 
 MOST_POINTS = 60
@@ -21,7 +21,7 @@ _NAME = re.compile(r"(?P<name>\d{8}T\d{6}Z-[0-9A-Za-z]+)\.(?:json|html)")
 
 
 def growth_points(
-    snapshots: Iterable[Snapshot], *, earlier: Iterable[GrowthPoint] = (), limit: int = MOST_POINTS
+    snapshots: Iterable[SnapshotRecord], *, earlier: Iterable[GrowthPoint] = (), limit: int = MOST_POINTS
 ) -> tuple[GrowthPoint, ...]:
     """How an index grew, the oldest first.
 
@@ -37,7 +37,7 @@ def growth_points(
     return (*sorted(earlier, key=lambda point: point.snapshot_id), *points)[-limit:]
 
 
-def _point(snapshot: Snapshot) -> GrowthPoint:
+def _point(snapshot: SnapshotRecord) -> GrowthPoint:
     return GrowthPoint(
         snapshot_id=snapshot.snapshot_id,
         created_at=snapshot.created_at,

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Container, Sequence
 from typing import NamedTuple
 
 from for_ray.index import snapshots
 from for_ray.index.table import sweep_versions
-from for_ray.schema import Codec, Layout, Segment, Snapshot
-from for_ray.storage import Lease, delete, delete_tree, exists, join_uri, list_objects
+from for_ray.schema import Codec, Layout, Segment
+from for_ray.storage import (
+    Lease,
+    canonical_uri,
+    delete,
+    delete_tree,
+    exists,
+    join_uri,
+    list_objects,
+    write_bytes,
+)
 
 
 class Swept(NamedTuple):
@@ -34,32 +44,87 @@ def sweep(layout: Layout, lease: Lease, *, keep_snapshots: int, keep_days: float
         keep_days: Likewise.
     """
     published = snapshots.list_published(layout)
-    now = datetime.datetime.now(datetime.UTC)
-    expired = snapshots.choose_expired(published, keep_snapshots=keep_snapshots, keep_days=keep_days, now=now)
+    expired = _choose_expired(published, keep_snapshots=keep_snapshots, keep_days=keep_days)
     kept_encoders = {each.fingerprint for each in published if each.snapshot_id not in expired}
     lease.check()
-    # An encoder goes before its snapshots leave the list: a sweep that dies in between is done again.
+    # Marked, out of the list, deleted: an encoder that may lie there by half is never one to go on from.
     for fingerprint in {each.fingerprint for each in published} - kept_encoders:
-        delete_tree(layout.encoder_uri(fingerprint))
+        write_bytes(layout.removal_uri(fingerprint), b"")
     lease.check()
     snapshots.expire(layout, expired)
-    kept = list(snapshots.list_snapshots(layout))
+    finish_removals(layout, lease)
     num_files = 0
-    for fingerprint in sorted(kept_encoders):
-        own = [snapshot for snapshot in kept if snapshot.fingerprint == fingerprint]
-        num_files += _sweep_files(layout.segment_uri(fingerprint, ""), own, lease)
+    for fingerprint, needed in sorted(_needed(layout).items()):
+        num_files += _sweep_files(layout.segment_uri(fingerprint, ""), needed.file_names, lease)
         lease.check()
-        sweep_versions(layout.images_uri(fingerprint), {snapshot.images_version for snapshot in own})
+        sweep_versions(layout.images_uri(fingerprint), needed.versions)
+    lease.check()
     delete_tree(join_uri(layout.index_uri, "work"))
     return Swept(len(expired), num_files)
 
 
-def _sweep_files(folder_uri: str, kept: Iterable[Snapshot], lease: Lease) -> int:
-    """Delete the segments and codecs in a folder that these snapshots don't name; how many."""
-    names: set[str] = set()
-    for snapshot in kept:
+def is_due(layout: Layout, *, keep_snapshots: int, keep_days: float) -> bool:
+    """Whether snapshots have expired, or a sweep died while it removed an encoder; needs no lease."""
+    published = snapshots.list_published(layout)
+    expired = _choose_expired(published, keep_snapshots=keep_snapshots, keep_days=keep_days)
+    return bool(expired) or exists(layout.removal_uri(""))
+
+
+def is_removed(layout: Layout, fingerprint: str) -> bool:
+    """Whether a sweep has begun to delete this encoder's files: what is left of them is of no use."""
+    return exists(layout.removal_uri(fingerprint)) and fingerprint not in _published_encoders(layout)
+
+
+def finish_removals(layout: Layout, lease: Lease) -> None:
+    """Delete what is left of the encoders that a sweep has marked; a run does so before it goes on from one.
+
+    Of an encoder that has snapshots only the mark goes: a sweep died before it took them out of the list, and
+    whole it is still there.
+    """
+    if not exists(layout.removal_uri("")):
+        return
+    folder = canonical_uri(layout.removal_uri(""))
+    marks = [entry.uri for page in list_objects(folder) for entry in page]
+    published = _published_encoders(layout)
+    for uri in marks:
+        lease.check()
+        fingerprint = uri.removeprefix(f"{folder}/")
+        if fingerprint not in published:
+            delete_tree(layout.encoder_uri(fingerprint))
+        lease.check()
+        delete(uri)
+
+
+def _published_encoders(layout: Layout) -> set[str]:
+    return {each.fingerprint for each in snapshots.list_published(layout)}
+
+
+def _choose_expired(
+    published: Sequence[snapshots.Published], *, keep_snapshots: int, keep_days: float
+) -> set[int]:
+    now = datetime.datetime.now(datetime.UTC)
+    return snapshots.choose_expired(published, keep_snapshots=keep_snapshots, keep_days=keep_days, now=now)
+
+
+class _Needed(NamedTuple):
+    """What the snapshots of one encoder name: files of segments and codecs, and versions of the table."""
+
+    file_names: set[str]
+    versions: set[int]
+
+
+def _needed(layout: Layout) -> dict[str, _Needed]:
+    """What all snapshots name, by their encoders; one record is in memory at a time."""
+    needed: defaultdict[str, _Needed] = defaultdict(lambda: _Needed(set(), set()))
+    for snapshot in snapshots.list_snapshots(layout):
         parts: list[Segment | Codec] = [*snapshot.segments, *([snapshot.codec] if snapshot.codec else [])]
-        names.update(part.file_name for part in parts)
+        needed[snapshot.fingerprint].file_names.update(part.file_name for part in parts)
+        needed[snapshot.fingerprint].versions.add(snapshot.images_version)
+    return needed
+
+
+def _sweep_files(folder_uri: str, names: Container[str], lease: Lease) -> int:
+    """Delete the segments and codecs in a folder that have none of these names; how many."""
     num_deleted = 0
     for page in list_objects(folder_uri) if exists(folder_uri) else ():
         lease.check()

@@ -190,11 +190,11 @@ def test_images_that_are_gone_leave_the_file_when_they_are_a_fifth(nights, tmp_p
     nights.change(new=0, gone=[10])
     later, built = nights.run(snapshot)
     nights.check(later, tmp_path)
-    assert (later.deleted_image_ids, nights.num_merged, built.is_new) == ([], 1, False)
+    assert (later.deleted_image_ids.tolist(), nights.num_merged, built.is_new) == ([], 1, False)
     assert (later.segments[0].num_vectors, later.segments[0].end_image_id) == (39 * SLOTS, 50)
     nights.change(new=0, gone=[0 + 11])
     last, _ = nights.run(later)
-    assert last.deleted_image_ids == [11]  # not those that left before
+    assert last.deleted_image_ids.tolist() == [11]  # not those that left before
     nights.check(last, tmp_path)
 
 
@@ -210,7 +210,7 @@ def test_a_segment_without_a_live_vector_vanishes(nights, tmp_path):
     nights.check(snapshot, tmp_path)
     nights.change(new=0, gone=sorted(nights.held))
     snapshot, built = nights.run(snapshot)
-    assert (snapshot.segments, snapshot.deleted_image_ids, built.num_vectors) == ([], [], 0)
+    assert (snapshot.segments, snapshot.deleted_image_ids.tolist(), built.num_vectors) == ([], [], 0)
     assert snapshot.codec is not None
     nights.change(new=5)
     snapshot, _ = nights.run(snapshot)
@@ -242,7 +242,11 @@ def test_another_codec_is_built_from_the_table_and_says_why(nights, tmp_path):
     nights.wanted = "HR,IVF4,RaBitQ2"
     second, built = nights.run(first)
     assert built.retrained == "HR,IVF,RaBitQ2 takes the place of HR,IVF,RaBitQ4"
-    assert (second.codec.wanted, len(second.segments), second.deleted_image_ids) == (nights.wanted, 1, [])
+    assert (second.codec.wanted, len(second.segments), second.deleted_image_ids.tolist()) == (
+        nights.wanted,
+        1,
+        [],
+    )
     assert second.segments[0].first_image_id == 0
     nights.check(second, tmp_path)
     third, built = nights.run(second)

@@ -12,7 +12,7 @@ import pytest
 
 from for_ray.errors import ConfigError, DataError
 from for_ray.index import snapshots
-from for_ray.pipeline.upkeep import roll_back
+from for_ray.pipeline.upkeep import roll_back, sweep_idle
 from for_ray.retrieval import open_index
 from for_ray.storage import Lease
 from tests.planted import Planted, PlantedIndex
@@ -142,3 +142,60 @@ def test_where_there_is_no_index(
     assert "empty" in line
     assert "jobs/index.py" in line
     assert [path.name for path in (tmp_path / "empty").iterdir() if "lease" not in path.name] == []
+
+
+def reports(index: PlantedIndex, count: int) -> Path:
+    """The folder of so many reports."""
+    folder = Path(index.layout.report_uri(""))
+    folder.mkdir(parents=True)
+    for number in range(count):
+        (folder / f"20260101T{number:06d}Z-aa.json").write_text("{}")
+    return folder
+
+
+def idle(index: PlantedIndex, *, has_failed: bool = False, keep_snapshots: int = 7) -> str:
+    return sweep_idle(index.layout, keep_snapshots=keep_snapshots, keep_days=0, has_failed=has_failed)
+
+
+def test_nights_that_publish_nothing_sweep_too(grown: PlantedIndex) -> None:
+    folder = reports(grown, 403)
+    left = grown.segment_path("segment-of-a-dead-run.faiss")
+    left.write_bytes(b"half")
+    assert idle(grown) == ""
+    assert len(list(folder.iterdir())) == 400
+    # Nothing has expired: no lease was taken, nothing else was touched.
+    assert left.exists()
+    assert not Path(grown.layout.lease_uri).exists()
+    assert idle(grown, keep_snapshots=1) == ""
+    assert [each.snapshot_id for each in snapshots.list_published(grown.layout)] == [2]
+    assert not left.exists()
+    assert len(found(grown)) == 8
+
+
+def test_a_failed_night_leaves_no_files_behind(grown: PlantedIndex) -> None:
+    left = grown.segment_path("segment-of-this-run.faiss")
+    left.write_bytes(b"half")
+    assert idle(grown, has_failed=True) == ""
+    assert not left.exists()
+    assert [each.snapshot_id for each in snapshots.list_published(grown.layout)] == [1, 2]
+
+
+def test_while_another_run_writes_only_reports_are_swept(grown: PlantedIndex) -> None:
+    folder = reports(grown, 401)
+    with Lease.acquire(grown.layout.lease_uri, "another run"):
+        assert idle(grown, has_failed=True, keep_snapshots=1) == ""
+    assert len(list(folder.iterdir())) == 400
+    assert len(snapshots.list_published(grown.layout)) == 2
+
+
+def test_a_sweep_that_fails_is_told_in_one_line(grown: PlantedIndex) -> None:
+    Path(grown.layout.lease_uri).mkdir()
+    assert idle(grown) == ""
+    said = idle(grown, has_failed=True)
+    assert said.startswith("sweeping failed: ")
+    assert grown.layout.lease_uri in said
+
+
+def test_there_may_be_nothing_to_sweep(planted_index: PlantedIndex) -> None:
+    assert idle(planted_index) == ""
+    assert idle(planted_index, has_failed=True) == ""

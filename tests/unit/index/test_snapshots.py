@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import datetime
+import json
+import tracemalloc
 from pathlib import Path
 
 import lance
+import numpy as np
 import pytest
 
 from for_ray.errors import DataError, StorageError
@@ -14,12 +17,13 @@ from for_ray.index.snapshots import (
     by_id,
     choose_expired,
     expire,
+    find_latest,
     latest,
     list_published,
     list_snapshots,
     publish,
 )
-from for_ray.schema import Codec, Layout, Segment, Snapshot
+from for_ray.schema import Codec, Layout, Segment, Snapshot, SnapshotRecord
 
 
 @pytest.fixture
@@ -61,7 +65,7 @@ def snapshot():
         images_version=7,
         codec=codec,
         segments=[segment, segment.model_copy(update={"segment_id": "s1"})],
-        deleted_image_ids=[3, 5, 1 << 54],
+        deleted_image_ids=np.array([3, 5, 1 << 54]),
         nprobe=4,
         listed=10,
         indexed=9,
@@ -71,11 +75,16 @@ def snapshot():
     )
 
 
+def record_of(snapshot: Snapshot) -> SnapshotRecord:
+    return SnapshotRecord.model_validate(snapshot.model_dump(exclude={"deleted_image_ids"}))
+
+
 def test_what_is_published_is_read_back(layout, snapshot):
     published = publish(layout, snapshot)
     assert published == snapshot.model_copy(update={"snapshot_id": 1})
     assert latest(layout) == by_id(layout, 1) == published
-    assert list(list_snapshots(layout)) == [published]
+    assert find_latest(layout) == find_latest(layout, fingerprint=snapshot.fingerprint) == published
+    assert list(list_snapshots(layout)) == [record_of(published)]
 
 
 def test_a_file_uri_is_the_same_folder(layout, snapshot):
@@ -87,7 +96,7 @@ def test_an_index_of_no_images(layout, snapshot):
     nothing = {"codec": None, "segments": [], "deleted_image_ids": [], "recall_at_50": None}
     published = publish(layout, snapshot.model_copy(update=nothing))
     assert latest(layout) == published
-    assert (published.codec, published.segments, published.deleted_image_ids) == (None, [], [])
+    assert (published.codec, published.segments, list(published.deleted_image_ids)) == (None, [], [])
 
 
 def test_ids_count_up_and_the_last_one_is_the_latest(layout, snapshot):
@@ -101,7 +110,10 @@ def test_ids_count_up_and_the_last_one_is_the_latest(layout, snapshot):
     assert [one.snapshot_id for one in published] == [1, 2, 3]
     assert latest(layout) == published[2]
     assert by_id(layout, 2) == published[1]
-    assert list(list_snapshots(layout)) == published[::-1]
+    assert list(list_snapshots(layout)) == [record_of(each) for each in published[::-1]]
+    assert list(list_snapshots(layout, fingerprint="f" * 16)) == [record_of(published[1])]
+    assert find_latest(layout, fingerprint="f" * 16) == published[1]
+    assert find_latest(layout, fingerprint="e" * 16) is None
 
 
 def test_one_row_a_snapshot_with_columns_that_others_can_read(layout, snapshot):
@@ -111,13 +123,37 @@ def test_one_row_a_snapshot_with_columns_that_others_can_read(layout, snapshot):
     assert table["snapshot_id"].to_pylist() == [1, 2]
     assert table["created_at"].to_pylist()[0] == snapshot.created_at
     assert table["fingerprint"].to_pylist() == [snapshot.fingerprint] * 2
-    assert table["deleted_image_ids"].to_pylist() == [snapshot.deleted_image_ids] * 2
+    assert table["deleted_image_ids"].to_pylist() == [[3, 5, 1 << 54]] * 2
 
 
 def test_many_deleted_images(layout, snapshot):
     deleted = list(range(0, 3_000_000, 15))
     publish(layout, snapshot.model_copy(update={"deleted_image_ids": deleted}))
-    assert latest(layout).deleted_image_ids == deleted
+    found = latest(layout).deleted_image_ids
+    assert (found.dtype, found.tolist()) == (np.int64, deleted)
+
+
+def test_snapshots_are_listed_without_their_deleted_images(layout, snapshot):
+    """Half a million ids are 4 MB, as Python's integers 20: a list of snapshots has neither."""
+    for _ in range(4):
+        publish(layout, snapshot.model_copy(update={"deleted_image_ids": np.arange(500_000) << 40}))
+    tracemalloc.start()
+    listed = list(list_snapshots(layout))
+    held, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert [each.snapshot_id for each in listed] == [4, 3, 2, 1]
+    assert not any(hasattr(each, "deleted_image_ids") for each in listed)
+    assert held < peak < 1 << 20
+
+
+def test_deleted_images_are_eight_bytes_each_on_the_way_in_and_out(layout, snapshot):
+    tracemalloc.start()
+    publish(layout, snapshot.model_copy(update={"deleted_image_ids": np.arange(500_000) << 40}))
+    found = latest(layout)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert found.deleted_image_ids[-1] == 499_999 << 40
+    assert peak < 3 * 8 * 500_000
 
 
 def one_line(caught, *parts):
@@ -216,6 +252,26 @@ def test_expired_snapshots_leave_the_list_and_ids_go_on(layout, snapshot):
     assert publish(layout, snapshot).snapshot_id == 5
     expire(layout, ())
     assert [each.snapshot_id for each in list_published(layout)] == [2, 4, 5]
+
+
+def test_snapshots_that_differ_in_one_deleted_image_are_not_equal(snapshot):
+    ids = [3, 5, 1 << 54]
+    other = {
+        each: snapshot.model_copy(update={"deleted_image_ids": np.array(each)})
+        for each in [(3, 5), (3, 5, 6)]
+    }
+    assert snapshot == snapshot.model_copy(update={"deleted_image_ids": ids})
+    assert Snapshot.model_validate(snapshot.model_dump()) == snapshot
+    assert snapshot == Snapshot.model_validate_json(snapshot.model_dump_json())
+    assert all(snapshot != each for each in other.values())
+    assert snapshot != snapshot.model_copy(update={"listed": 11})
+    assert snapshot not in (None, record_of(snapshot))
+    assert json.loads(snapshot.model_dump_json())["deleted_image_ids"] == ids
+    # Ascending and not to be written to, whatever was given.
+    given = Snapshot.model_validate(snapshot.model_dump() | {"deleted_image_ids": ids[::-1]})
+    assert given == snapshot
+    with pytest.raises(ValueError, match="read-only"):
+        given.deleted_image_ids[0] = 4
 
 
 def test_nothing_to_list_and_nothing_to_expire(layout):

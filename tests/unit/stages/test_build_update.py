@@ -113,7 +113,7 @@ def test_night_after_night_only_what_is_new_is_counted(nights):
         ]
         base = nights.publish(segments, deleted)
     assert counts == [6, 4, 4]
-    assert base.deleted_image_ids == [1, 2, 3, 11, 12, 22, 23]
+    assert base.deleted_image_ids.tolist() == [1, 2, 3, 11, 12, 22, 23]
 
 
 def test_what_was_merged_away_does_not_come_back(nights):
