@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,7 @@ from for_ray.index.plan import plan_index
 from for_ray.index.segment import build_segment
 from for_ray.model.bundle import Bundle, open_bundle
 from for_ray.schema import Layout, Segment, Snapshot, images_schema, pack_boxes
+from for_ray.storage import local_copy, upload, write_bytes
 
 
 @dataclass(frozen=True)
@@ -57,13 +59,14 @@ class PlantedIndex:
     bundle: Bundle
     segments: list[Segment] = field(default_factory=list)
     counts: list[int] = field(default_factory=list)  # vectors of each image
+    num_built: int = 0
     codec_path: Path | None = None
     end_image_id: int = 0
 
     @classmethod
-    def make(cls, folder: Path, bundle: Bundle) -> PlantedIndex:
-        """An index without images in a new folder, its encoder saved."""
-        layout = Layout(str(folder))
+    def make(cls, where: Path | str, bundle: Bundle) -> PlantedIndex:
+        """An index without images in a new folder or bucket, its encoder saved."""
+        layout = Layout(str(where))
         bundle.save(layout.bundle_uri(bundle.fingerprint))
         return cls(layout, bundle)
 
@@ -76,7 +79,11 @@ class PlantedIndex:
         return self.layout.images_uri(self.bundle.fingerprint)
 
     def segment_path(self, file_name: str) -> Path:
-        return Path(self.layout.segment_uri(self.bundle.fingerprint, file_name))
+        """Where the index is a folder."""
+        return Path(self._segment_uri(file_name))
+
+    def _segment_uri(self, file_name: str) -> str:
+        return self.layout.segment_uri(self.bundle.fingerprint, file_name)
 
     def add(
         self, images: Sequence[Planted], *, codec: str = "IVF2,Flat", deleted: Sequence[int] = ()
@@ -105,15 +112,18 @@ class PlantedIndex:
             plan = plan_index(len(vectors), self.bundle.dim, codec=codec)
             content = codec_to_bytes(train_codec(vectors.astype(np.float32), plan, threads=1))
             self._codec = codec_record(content, plan, num_trained_on=len(vectors))
-            self.codec_path = self.segment_path(self._codec.file_name)
-            self.codec_path.parent.mkdir(parents=True)
-            self.codec_path.write_bytes(content)
-        file_name = f"segment-{len(self.segments)}.faiss"
+            write_bytes(self._segment_uri(self._codec.file_name), content)
+            self.codec_path = local_copy(self._segment_uri(self._codec.file_name), sha256=self._codec.sha256)
+        segment_id = str(self.num_built)
+        self.num_built += 1
+        file_name = f"segment-{segment_id}.faiss"
         pairs = [(batch.vector_ids, batch.vectors) for batch in batches]
-        built = build_segment(self.codec_path, pairs, self.segment_path(file_name), threads=1)
+        with tempfile.TemporaryDirectory() as folder:
+            built = build_segment(self.codec_path, pairs, Path(folder) / file_name, threads=1)
+            upload(built.path, self._segment_uri(file_name))
         self.segments.append(
             Segment(
-                segment_id=f"{len(self.segments)}",
+                segment_id=segment_id,
                 codec_id=self._codec.codec_id,
                 file_name=file_name,
                 sha256=built.sha256,

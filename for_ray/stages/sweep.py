@@ -67,7 +67,7 @@ def is_due(layout: Layout, *, keep_snapshots: int, keep_days: float) -> bool:
     """Whether snapshots have expired, or a sweep died while it removed an encoder; needs no lease."""
     published = snapshots.list_published(layout)
     expired = _choose_expired(published, keep_snapshots=keep_snapshots, keep_days=keep_days)
-    return bool(expired) or exists(layout.removal_uri(""))
+    return bool(expired) or bool(_marked(layout))
 
 
 def is_removed(layout: Layout, fingerprint: str) -> bool:
@@ -81,18 +81,22 @@ def finish_removals(layout: Layout, lease: Lease) -> None:
     Of an encoder that has snapshots only the mark goes: a sweep died before it took them out of the list, and
     whole it is still there.
     """
-    if not exists(layout.removal_uri("")):
-        return
-    folder = canonical_uri(layout.removal_uri(""))
-    marks = [entry.uri for page in list_objects(folder) for entry in page]
-    published = _published_encoders(layout)
-    for uri in marks:
+    marked = _marked(layout)
+    published = _published_encoders(layout) if marked else set()
+    for fingerprint in marked:
         lease.check()
-        fingerprint = uri.removeprefix(f"{folder}/")
         if fingerprint not in published:
             delete_tree(layout.encoder_uri(fingerprint))
         lease.check()
-        delete(uri)
+        delete(layout.removal_uri(fingerprint))
+
+
+def _marked(layout: Layout) -> list[str]:
+    """Fingerprints of encoders that are being removed."""
+    folder = canonical_uri(layout.removal_uri(""))
+    pages = list_objects(folder) if exists(folder) else iter(())
+    names = (entry.uri.removeprefix(f"{folder}/") for page in pages for entry in page)
+    return sorted(name for name in names if name)
 
 
 def _published_encoders(layout: Layout) -> set[str]:
