@@ -92,8 +92,9 @@ def roll_back(layout: Layout, snapshot_id: int) -> Snapshot:
         DataError: There is no such snapshot, or a file of it is missing.
         StorageError: The store refused.
     """
-    wanted = snapshots.by_id(layout, snapshot_id)
+    snapshots.by_id(layout, snapshot_id)  # refused before the lease is written
     with Lease.acquire(layout.lease_uri, f"jobs/index.py --rollback {snapshot_id}") as lease:
+        wanted = snapshots.by_id(layout, snapshot_id)
         if _holds_the_same(wanted, snapshots.latest(layout)):
             raise ConfigError(f"snapshot {snapshot_id} is what searches of {layout.index_uri} see already")
         _check_files(layout, wanted)

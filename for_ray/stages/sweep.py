@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import re
 from collections import defaultdict
 from collections.abc import Container, Sequence
 from typing import NamedTuple
@@ -20,6 +21,8 @@ from for_ray.storage import (
     list_objects,
     write_bytes,
 )
+
+_FINGERPRINT = re.compile("[0-9a-f]+")
 
 
 class Swept(NamedTuple):
@@ -96,7 +99,7 @@ def _marked(layout: Layout) -> list[str]:
     folder = canonical_uri(layout.removal_uri(""))
     pages = list_objects(folder) if exists(folder) else iter(())
     names = (entry.uri.removeprefix(f"{folder}/") for page in pages for entry in page)
-    return sorted(name for name in names if name)
+    return sorted(name for name in names if _FINGERPRINT.fullmatch(name))
 
 
 def _published_encoders(layout: Layout) -> set[str]:

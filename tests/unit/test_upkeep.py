@@ -80,6 +80,21 @@ def test_a_rollback_to_what_is_not_whole_is_refused(grown: PlantedIndex) -> None
     assert snapshots.latest(grown.layout).snapshot_id == 2
 
 
+def test_a_rollback_looks_again_when_it_has_the_lease(
+    grown: PlantedIndex, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    acquire = Lease.acquire
+
+    def acquire_late(*given: Any) -> Any:
+        snapshots.expire(grown.layout, [1])
+        return acquire(*given)
+
+    monkeypatch.setattr(Lease, "acquire", acquire_late)
+    with pytest.raises(DataError, match="has no snapshot 1; the last ones are 2"):
+        roll_back(grown.layout, 1)
+    assert [each.snapshot_id for each in snapshots.list_published(grown.layout)] == [2]
+
+
 def test_a_rollback_waits_for_no_run(grown: PlantedIndex) -> None:
     with (
         Lease.acquire(grown.layout.lease_uri, "jobs/index.py (run 7)"),

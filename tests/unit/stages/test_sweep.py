@@ -258,6 +258,16 @@ def test_a_compaction_ends_where_the_lease_is_lost(planted_index: PlantedIndex) 
     assert compacted.to_table(with_row_id=True) == before
 
 
+def test_what_is_no_mark_of_an_encoder_removes_none(grown: PlantedIndex) -> None:
+    folder, other = Path(grown.layout.removal_uri("")), Path(grown.layout.encoder_uri(".note"))
+    for path in (folder / ".note", folder / "deep" / "00", other / "file"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"")
+    run_sweep(grown)
+    assert (other / "file").exists()
+    assert not is_due(grown.layout, keep_snapshots=1, keep_days=0)
+
+
 def test_a_sweep_is_due_when_something_has_expired_or_is_half_removed(grown: PlantedIndex) -> None:
     assert not is_due(grown.layout, keep_snapshots=3, keep_days=0)
     assert not is_due(grown.layout, keep_snapshots=2, keep_days=36_500)
