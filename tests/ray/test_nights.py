@@ -118,7 +118,7 @@ def test_gone_images_leave_results_at_once_and_segments_at_the_next_merge(nights
     third = nights.run()
     after = snapshots.latest(nights.layout)
     assert (third.indexed, third.segments, third.vectors) == (40, 1, 160)
-    assert (after.deleted_image_ids, after.segments[0].num_dead) == ([], 0)
+    assert (after.deleted_image_ids.tolist(), after.segments[0].num_dead) == ([], 0)
     assert after.segments[0].num_vectors == 160
     assert after.segments[0].file_name != before.segments[0].file_name
     assert nights.found() == nights.listed()
@@ -191,6 +191,44 @@ def test_an_old_encoder_goes_when_its_last_snapshot_expires(nights: Nights) -> N
     assert nights.found() == nights.listed()
 
 
+def remove_half(uri: str) -> None:
+    """Every other file of a folder; then the process ends, as far as the sweep can tell."""
+    files = sorted(path for path in Path(uri).rglob("*") if path.is_file())
+    for path in files[::2]:
+        path.unlink()
+    raise StageError("lease", "lost")
+
+
+def lose_lease(*_: object, **__: object) -> None:
+    raise StageError("lease", "lost")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("place", "death", "num_encoded"),
+    [("snapshots.expire", lose_lease, 0), ("delete_tree", remove_half, 60)],
+    ids=["whole", "half"],
+)
+def test_an_encoder_whose_removal_was_cut_short_can_be_gone_on_with(
+    nights: Nights,
+    monkeypatch: pytest.MonkeyPatch,
+    place: str,
+    death: Callable[..., None],
+    num_encoded: int,
+) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(f"for_ray.stages.sweep.{place}", death)
+        second = nights.run(head="clip", keep_snapshots=1, keep_days=0)
+    assert "sweeping failed: lease: lost" in second.message
+    dry = nights.run(dry_run=True)
+    assert f"{num_encoded} images would be encoded" in dry.message
+    third = nights.run(keep_snapshots=9, keep_days=9)
+    assert (third.new, third.indexed, third.vectors, third.snapshot) == (num_encoded, 60, 240, 3)
+    assert nights.found() == nights.listed()
+    assert nights.command(verify=True) == (0, [])
+    assert list(nights.index.glob("removals/*")) == []
+
+
 def test_a_codec_that_lost_its_recall_is_trained_anew_without_an_image(nights: Nights) -> None:
     """Also in a night in which no image changes; and once."""
     published = snapshots.latest(nights.layout)
@@ -232,6 +270,25 @@ def test_every_run_leaves_a_report(nights: Nights) -> None:
     pages = sorted(nights.index.glob("reports/*.html"))
     assert len(pages) == 4
     assert sum("the file is empty" in page.read_text() for page in pages) == 3
+
+
+def test_nights_that_publish_nothing_are_swept_too(nights: Nights, monkeypatch: pytest.MonkeyPatch) -> None:
+    nights.remove(range(3))
+    nights.run()
+    for number in range(400):
+        (nights.index / "reports" / f"20260101T{number:06d}Z-aa.json").write_text("{}")
+    assert nights.run(keep_snapshots=1, keep_days=0).message == "nothing changed; snapshot 2 stays"
+    assert [each.snapshot_id for each in snapshots.list_published(nights.layout)] == [2]
+    assert len(list(nights.index.glob("reports/*.json"))) == 400
+    left = next(nights.index.glob("encoder-*/segments")) / "segment-of-a-dead-run.faiss"
+    left.write_bytes(b"half")
+    found = nights.listed()
+    nights.remove(range(3, 6))
+    monkeypatch.setattr("for_ray.pipeline.index_write.IndexWriter._verify", lose_lease)
+    with pytest.raises(StageError, match="lost"):
+        nights.run()
+    assert not left.exists()
+    assert nights.found() == found
 
 
 def test_verify_says_what_is_wrong_and_ends_with_1(nights: Nights) -> None:
