@@ -1,6 +1,7 @@
 """Keep an index of a folder or bucket of images up to date; `--help` lists the settings.
 
 python jobs/index.py --images s3://bucket/images --index s3://bucket/index
+python jobs/index.py --plan-vectors 1e9
 python jobs/index.py --index s3://bucket/index --list-snapshots | --rollback 12 | --verify | --show-quarantine
 ray job submit --working-dir . -- python jobs/index.py --images … --index …
 """
@@ -27,6 +28,13 @@ def main(arguments: list[str]) -> int:
 
 def _run(arguments: list[str]) -> None:
     settings = read_settings(IndexSettings, arguments)
+
+    if settings.plan_vectors is not None:
+        from for_ray.pipeline.capacity import run_plan
+        from for_ray.stages.plan_report import print_plan
+
+        print_plan(run_plan(settings), json=settings.json_)
+        return
 
     from for_ray.stages.progress import Progress
 

@@ -24,10 +24,13 @@ class IndexSettings(Settings):
         None,
         min_length=1,
         description="the images: a folder, s3://bucket/prefix, a Parquet manifest (uri, etag) or tars; "
-        "not needed with --list-snapshots, --rollback, --verify and --show-quarantine",
+        "not needed with --list-snapshots, --rollback, --verify, --show-quarantine and --plan-vectors",
     )
     index: str = Field(
-        min_length=1, description="the index: a folder or s3://bucket/prefix; made when it is not there"
+        "",
+        min_length=1,
+        description="the index: a folder or s3://bucket/prefix; made when it is not there. Needed but for "
+        "--plan-vectors",
     )
     encoder: str | None = Field(
         None,
@@ -80,7 +83,39 @@ class IndexSettings(Settings):
         "vectors; default: what the index was built with, else `auto`",
     )
     target_recall: float = Field(
-        0.95, ge=0, le=1, description="recall at 50 against exact search that nprobe is raised for"
+        0.95,
+        ge=0,
+        le=1,
+        description="recall at 50 against exact search that nprobe is raised for, and the code's bits are "
+        "chosen by",
+    )
+    min_recall: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="a build that finds less than this share of what exact search finds is not published; "
+        "default: 0.1 less than target_recall",
+    )
+    plan_vectors: float | None = Field(
+        None,
+        ge=1,
+        le=1e15,
+        allow_inf_nan=False,
+        description="print what an index of so many vectors takes (1e9 will do), and do nothing else; the "
+        "encoder says their dimensions and how many an image has",
+    )
+    plan_nodes: int | None = Field(
+        None, ge=1, le=1_000_000, description="nodes to plan for; default: as many as it takes"
+    )
+    plan_node_memory: float = Field(
+        64.0,
+        ge=4,
+        le=1_000_000,
+        allow_inf_nan=False,
+        description="memory in GB of each of these nodes; default: the CPU nodes' of cluster.yaml",
+    )
+    plan_node_cpus: int = Field(
+        16, ge=1, le=10_000, description="cores of each of these nodes; default: likewise"
     )
 
     retry_quarantined: bool = Field(
@@ -106,6 +141,11 @@ class IndexSettings(Settings):
     )
 
     @property
+    def least_recall(self) -> float:
+        """`min_recall`, or what it is where nothing is said."""
+        return max(0.0, self.target_recall - 0.1) if self.min_recall is None else self.min_recall
+
+    @property
     def upkeep(self) -> str | None:
         """What is to be done to the index instead of a run; None for a run."""
         names = ("list_snapshots", "verify", "show_quarantine")
@@ -117,6 +157,12 @@ class IndexSettings(Settings):
         chosen = [self.list_snapshots, self.verify, self.show_quarantine, self.rollback is not None]
         if sum(chosen) > 1:
             raise ValueError("--list-snapshots, --rollback, --verify and --show-quarantine go one at a time")
+        if self.plan_vectors is not None:
+            if any(chosen):
+                raise ValueError("--plan-vectors goes alone; leave the other one out")
+            return self
+        if not self.index:
+            raise ValueError("--index is missing; --help lists the flags")
         if not any(chosen) and self.images is None:
             raise ValueError("--images is missing; --help lists the flags")
         return self
@@ -125,4 +171,6 @@ class IndexSettings(Settings):
     def _ranges_fit(self) -> IndexSettings:
         if self.max_actors is not None and self.max_actors < self.min_actors:
             raise ValueError(f"max_actors ({self.max_actors}) is below min_actors ({self.min_actors})")
+        if self.min_recall is not None and self.min_recall > self.target_recall:
+            raise ValueError(f"min_recall ({self.min_recall}) is above target_recall ({self.target_recall})")
         return self

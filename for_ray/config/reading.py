@@ -42,7 +42,7 @@ class _Parser(argparse.ArgumentParser):
 
     def format_help(self) -> str:
         """The help, without the default of flags that have none."""
-        return re.sub(r"\s+\(default:\s+\x00\)", "", super().format_help())
+        return re.sub(r"\s+\(default:\s+\x00?\)", "", super().format_help())
 
 
 def read_settings(model: type[SettingsT], arguments: Sequence[str]) -> SettingsT:

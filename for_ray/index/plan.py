@@ -18,6 +18,17 @@ from for_ray.errors import ConfigError
 DEFAULT_MEMORY_BYTES = 4 << 30
 """What one build task may hold, where nothing else is said."""
 
+DEFAULT_TARGET_RECALL = 0.95
+"""Recall at 50 where nothing else is said."""
+
+RECALL_BY_BITS = {1: 0.40, 2: 0.836, 3: 0.990, 4: 0.9996, 6: 0.9997, 8: 0.9998}
+"""Recall@50 of RaBitQ's bits after the exact re-rank, all lists looked at: the least of the sets of
+`benchmarks/codec_bits.py`, where 200,000 vectors scatter around a single direction."""
+
+SHARE_OF_CODE = 0.1
+"""Of the recall that may be lost, what the code may lose on these sets: the lists that a search does not look
+at lose the rest, and an index of 10^9 has more vectors that are nearly alike."""
+
 FLAT_BELOW = 10_000
 """Fewer vectors than this are kept whole: 522 against 94 bytes a vector are 4 MB, and recall is 1."""
 
@@ -64,7 +75,12 @@ class IndexPlan(BaseModel):
 
 
 def plan_index(
-    num_vectors: int, dim: int, *, codec: str | None = None, memory_bytes: int = DEFAULT_MEMORY_BYTES
+    num_vectors: int,
+    dim: int,
+    *,
+    codec: str | None = None,
+    target_recall: float = DEFAULT_TARGET_RECALL,
+    memory_bytes: int = DEFAULT_MEMORY_BYTES,
 ) -> IndexPlan:
     """Lay out an index for so many vectors.
 
@@ -76,6 +92,7 @@ def plan_index(
         dim: D.
         codec: A FAISS factory string with an inverted file: `IVF,SQ8` lets the plan choose the number of
             lists, in `IVF4096,SQ8` the number is an upper limit that a small index stays below.
+        target_recall: Recall at 50 that the code's bits are chosen for where no codec is given.
         memory_bytes: What one build task may hold.
 
     Raises:
@@ -86,7 +103,8 @@ def plan_index(
     if num_vectors < 0 or dim < 1:
         raise ValueError(f"expected num_vectors >= 0 and dim >= 1, got {num_vectors} and {dim}")
     sample = _largest_sample(num_vectors, dim, memory_bytes=memory_bytes)
-    nlist, factory = _choose_factory(codec, num_vectors=num_vectors, dim=dim, sample=sample)
+    wanted = codec if codec is not None else _default_codec(num_vectors, dim, target_recall=target_recall)
+    nlist, factory = _choose_factory(wanted, num_vectors=num_vectors, sample=sample)
     index = _untrained(factory, dim, codec=codec)
     ivf = faiss.extract_index_ivf(index)
     # A transform may change the dimension: FAISS's lists have one of their own.
@@ -109,6 +127,11 @@ def plan_index(
     )
 
 
+def wanted_lists(num_vectors: int) -> int:
+    """The lists that so many vectors want, whatever memory there is to train them."""
+    return _power_of_two(LISTS_PER_ROOT * math.sqrt(num_vectors))
+
+
 def _wanted_sample(nlist: int) -> int:
     return min(MANY_TRAINING_PER_LIST * nlist, max(FEW_TRAINING_PER_LIST * nlist, MANY_TRAINING))
 
@@ -123,12 +146,22 @@ def _power_of_two(value: float) -> int:
     return 1 << max(0, int(value).bit_length() - 1)
 
 
-def _choose_factory(codec: str | None, *, num_vectors: int, dim: int, sample: int) -> tuple[int, str]:
+def bits_for(target_recall: float) -> int:
+    """RaBitQ's fewest bits with which a code loses `SHARE_OF_CODE` of what may be lost, or less."""
+    least = 1.0 - SHARE_OF_CODE * (1.0 - target_recall)
+    return next((bits for bits, recall in RECALL_BY_BITS.items() if recall >= least), max(RECALL_BY_BITS))
+
+
+def _default_codec(num_vectors: int, dim: int, *, target_recall: float) -> str:
+    if num_vectors < FLAT_BELOW:
+        return "IVF,Flat"
+    return f"{_rotation(dim)},IVF,RaBitQ{bits_for(target_recall)}"
+
+
+def _choose_factory(codec: str, *, num_vectors: int, sample: int) -> tuple[int, str]:
     """The number of lists, and the factory string with it."""
     most = max(1, sample // MIN_TRAINING_PER_LIST)
     nlist = _power_of_two(min(LISTS_PER_ROOT * math.sqrt(num_vectors), most))
-    if codec is None:
-        codec = "IVF,Flat" if num_vectors < FLAT_BELOW else f"{_rotation(dim)},IVF,RaBitQ4"
     found = re.fullmatch(r"((?:[^,]+,)?)IVF(\d*)(_[^,]+)?,([^,]+)", codec)
     if found is None or re.search(r"fsr?\b|fs\d|Refine|RFlat|IMI|IDMap|Panorama", codec):
         raise ConfigError(_refusal(codec))

@@ -19,9 +19,11 @@ from typing import Any
 from for_ray.config import IndexSettings
 from for_ray.errors import StageError
 from for_ray.index import snapshots, table
+from for_ray.index.capacity import Capacity
 from for_ray.index.growth import codec_kind, why_retrain_snapshot
-from for_ray.index.plan import IndexPlan, plan_index
+from for_ray.index.plan import plan_index
 from for_ray.model.bundle import Bundle, check_indexable, open_bundle
+from for_ray.pipeline.capacity import plans_of
 from for_ray.pipeline.index_report import Findings, report_run
 from for_ray.pipeline.index_write import IndexWriter
 from for_ray.pipeline.upkeep import sweep_idle
@@ -109,13 +111,15 @@ class _Run:
         images = self._open_images()
         gap = self._diff(listing, images)
         held = table.count_held(images, 0) if images is not None else table.Held(0, 0, 0)
-        per_image = held.num_vectors / held.num_images if held.num_images else self.bundle.num_slots
-        plan = plan_index(round(per_image * listing.num_listed), self.bundle.dim, codec=self._codec)
+        per_image = held.num_vectors / held.num_images if held.num_vectors else self.bundle.num_slots
+        plans = plans_of(
+            self.settings, self.bundle.dim, per_image, num_images=listing.num_listed, codec=self._codec
+        )
         message = (
             f"dry run: {gap.num_to_encode:,} images would be encoded, {_num_to_delete(gap):,} rows deleted; "
             "nothing was written"
         )
-        return self._summary(listing, gap, self.base, message=message, plan=plan)
+        return self._summary(listing, gap, self.base, message=message, plans=plans)
 
     def close_gap(self) -> IndexSummary:
         """The run. Whatever can be refused is refused before the lease, the first thing that is written."""
@@ -243,7 +247,7 @@ class _Run:
         snapshot: Snapshot | None,
         *,
         message: str,
-        plan: IndexPlan | None = None,
+        plans: dict[str, Capacity] | None = None,
     ) -> IndexSummary:
         if listing.num_ignored:
             message += f"; {listing.num_ignored:,} objects are no images by their names, and were ignored"
@@ -257,7 +261,7 @@ class _Run:
             seconds=round(self.found.seconds, 3),
             images_per_second=round(self.found.images_per_second, 1),
             message=message,
-            plan=plan,
+            plans=plans or {},
         )
 
 

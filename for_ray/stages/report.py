@@ -12,12 +12,11 @@ from typing import Any, TextIO
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from for_ray.index.plan import IndexPlan, plan_index
+from for_ray.index.capacity import Capacity
 from for_ray.reports.page import shown_bytes
 from for_ray.schema import Cause, Snapshot, SnapshotRecord
+from for_ray.stages.plan_report import print_plans
 from for_ray.storage import shown
-
-ONE_BILLION = 1_000_000_000
 
 MOST_COLUMNS = 10_000
 """Of a table on stdout: a file or a pipe has no width, and a terminal breaks its own lines."""
@@ -32,7 +31,7 @@ class IndexSummary(BaseModel):
         recall_at_50: Against exact search; None where there is nothing to find.
         images_per_second: Of the encode stage; 0 when nothing was encoded.
         message: One line for a person.
-        plan: Of a dry run: the layout of the index for its vectors.
+        plans: Of a dry run: what the index would take, by the columns' names.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -51,7 +50,7 @@ class IndexSummary(BaseModel):
     seconds: float
     images_per_second: float
     message: str = Field(exclude=True)
-    plan: IndexPlan | None = Field(None, exclude=True)
+    plans: dict[str, Capacity] = Field(default_factory=dict, exclude=True)
 
     @classmethod
     def of(cls, snapshot: Snapshot | None, **found: Any) -> IndexSummary:
@@ -105,7 +104,7 @@ class LabelSummary(BaseModel):
 
 
 def print_summary(summary: IndexSummary | LabelSummary, stream: TextIO | None = None) -> None:
-    """Print a summary as a table, and the plan of a dry run beside that for a billion vectors; on stderr."""
+    """Print a summary as a table, and the plans of a dry run beside each other; on stderr."""
     from rich.console import Console
     from rich.table import Table
 
@@ -119,8 +118,8 @@ def print_summary(summary: IndexSummary | LabelSummary, stream: TextIO | None = 
         for part, number in parts.items():
             table.add_row(f"{name.replace('_', ' ')} {part}".strip(), _shown(number))
     console.print(table)
-    if isinstance(summary, IndexSummary) and summary.plan is not None:
-        _print_plans(console, summary.plan)
+    if isinstance(summary, IndexSummary) and summary.plans:
+        print_plans(summary.plans, stream or sys.stderr)
     console.print(summary.message)
 
 
@@ -245,16 +244,6 @@ def _print_table(
     for row in rows:
         table.add_row(*row)
     console = Console(file=stream, width=MOST_COLUMNS, highlight=False, markup=False, emoji=False)
-    console.print(table)
-
-
-def _print_plans(console: Any, plan: IndexPlan) -> None:
-    from rich.table import Table
-
-    table = Table("plan", "now", "10⁹ vectors", box=None, padding=(0, 2, 0, 0))
-    large = plan_index(ONE_BILLION, plan.dim)
-    for name in IndexPlan.model_fields:
-        table.add_row(name.replace("_", " "), _shown(getattr(plan, name)), _shown(getattr(large, name)))
     console.print(table)
 
 

@@ -161,3 +161,47 @@ def test_help_needs_neither_torch_nor_ray():
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize("words", ["1e9", "1000000000", "1_000_000_000"])
+def test_a_plan_takes_a_number_as_people_write_it_and_neither_images_nor_index(words):
+    settings = read_settings(IndexSettings, ["--plan-vectors", words])
+    assert settings.plan_vectors == 1e9
+    assert (settings.plan_nodes, settings.plan_node_memory, settings.plan_node_cpus) == (None, 64, 16)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--plan-vectors", "0"], "--plan-vectors .*greater than or equal to 1, got '0'"),
+        (["--plan-vectors", "-5"], "--plan-vectors .*greater than or equal to 1, got '-5'"),
+        (["--plan-vectors", "1e30"], "--plan-vectors .*less than or equal to 1000000000000000, got '1e30'"),
+        (["--plan-vectors", "nan"], "--plan-vectors .*finite number"),
+        (["--plan-vectors", "many"], "--plan-vectors .*valid number"),
+        (["--plan-vectors", "1e9", "--plan-nodes", "0"], "--plan-nodes .*greater than or equal to 1"),
+        (
+            ["--plan-vectors", "1e9", "--plan-node-memory", "1"],
+            "--plan-node-memory .*greater than or equal to 4",
+        ),
+        (["--plan-vectors", "1e9", "--index", "i", "--verify"], "--plan-vectors goes alone"),
+        (["--images", "a"], "--index is missing"),
+        ([*NEEDED, "--min-recall", "0.97"], r"min_recall \(0.97\) is above target_recall \(0.95\)"),
+    ],
+)
+def test_plans_and_floors_that_cannot_be_met_are_refused(arguments, complaint):
+    with pytest.raises(ConfigError, match=complaint) as caught:
+        read_settings(IndexSettings, arguments)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "least"),
+    [
+        ([], 0.85),
+        (["--target-recall", "0.05"], 0.0),
+        (["--min-recall", "0.3"], 0.3),
+        (["--min-recall", "0"], 0.0),
+    ],
+)
+def test_the_floor_of_recall_follows_the_target_unless_it_is_given(arguments, least):
+    assert read_settings(IndexSettings, [*NEEDED, *arguments]).least_recall == pytest.approx(least)

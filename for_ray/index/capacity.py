@@ -1,0 +1,302 @@
+"""From the layout of an index and the machines to what it takes: bytes on the store, shards, nodes, hours.
+
+Pure arithmetic like `plan`; what a core does in a second stands in `rates`.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import NamedTuple
+
+from pydantic import BaseModel, ConfigDict
+
+from for_ray.errors import ConfigError
+from for_ray.index.plan import (
+    DEFAULT_MEMORY_BYTES,
+    DEFAULT_TARGET_RECALL,
+    RECALL_BY_BITS,
+    IndexPlan,
+    plan_index,
+    wanted_lists,
+)
+from for_ray.index.rates import (
+    BOX_BYTES,
+    COARSE_SECONDS_PER_VALUE,
+    CODE_SECONDS_PER_VALUE,
+    HNSW_SEARCH,
+    HNSW_SECONDS_PER_VALUE,
+    KMEANS_FLOP_PER_SECOND,
+    KMEANS_ROUNDS,
+    MERGE_SECONDS_PER_BYTE,
+    READ_SECONDS_PER_VALUE,
+    SCAN_SECONDS_PER_VALUE,
+    TABLE_BYTES_PER_IMAGE,
+)
+from for_ray.schema import MAX_SLOTS
+
+TABLE_CACHE_BYTES = 1 << 30
+"""Lance's cache of a table's metadata may grow to this (pylance: 1 GiB by default)."""
+
+PROCESS_BYTES = 2 << 30
+"""A search process before it has an index: the interpreter, torch and a text tower."""
+
+SERVED_SHARE = 0.9
+"""Of a node's memory, for what a shard keeps resident; the rest is the system's."""
+
+TASK_SHARE = 0.65
+"""Of a node's memory, what Ray leaves to tasks: a third is its object store's, see `cluster.yaml`."""
+
+MOST_TASK_CPUS = 4
+"""Of a task that trains or builds: `Cluster.task_cpus`."""
+
+MAX_IMAGES = 1 << 55
+"""A vector id is 63 bits, eight of them the slot: `schema.pack_vector_ids`."""
+
+HNSW_LINK = re.compile(r"IVF\d+_HNSW")
+
+
+class Nodes(NamedTuple):
+    """The machines, all alike; `num` is None where the plan says how many it takes."""
+
+    memory_bytes: int
+    cpus: int
+    num: int | None = None
+
+
+class Capacity(BaseModel):
+    """What an index takes.
+
+    Attributes:
+        plan: Its layout.
+        num_images: With as many vectors each as was said.
+        table_bytes: Of `images.lance`: float16 vectors, boxes and the rest of the rows.
+        bytes_on_store: The table and all segments.
+        bytes_while_merging: What merges add until the sweep: each segment twice.
+        task_memory_bytes: Of a task that trains, builds or merges; also the sample's limit.
+        segment_bytes: Of a full segment's file.
+        num_shards: Each is served by one node; at least 1.
+        segments_per_shard: Of the fullest shard.
+        shard_bytes: Memory of the fullest shard: its segments resident, the table's cache, the process.
+        node_memory_bytes: Of each node; likewise `node_cpus`.
+        nodes_needed: So that each shard has a node of its own.
+        nodes: Given, else those needed.
+        replicas: Whole copies that these nodes serve; 0 where not even one fits.
+        expected_recall: At 50, of the code after the exact re-rank, all lists looked at; None where it was
+            not measured.
+        vectors_per_query: Codes that one query is compared with, over all shards, at the first `nprobe`.
+        query_seconds: On one core of each shard, without the way there and the exact re-rank.
+        train_hours: In one task, on the CPU.
+        build_hours: Of the segments, by the cores that all nodes have for it; None where the code's rate was
+            not measured. `merge_hours` are for rewriting each segment once.
+        advice: What does not fit and what to change, or what holds the index back; a line each.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    plan: IndexPlan
+    num_images: int
+    table_bytes: int
+    bytes_on_store: int
+    bytes_while_merging: int
+    task_memory_bytes: int
+    segment_bytes: int
+    num_shards: int
+    segments_per_shard: int
+    shard_bytes: int
+    node_memory_bytes: int
+    node_cpus: int
+    nodes_needed: int
+    nodes: int
+    replicas: int
+    expected_recall: float | None
+    vectors_per_query: int
+    query_seconds: float
+    train_hours: float
+    build_hours: float | None
+    merge_hours: float
+    advice: tuple[str, ...]
+
+    @property
+    def fits(self) -> bool:
+        """Whether the nodes hold every shard."""
+        return self.replicas > 0
+
+
+def plan_capacity(
+    num_vectors: int,
+    dim: int,
+    *,
+    vectors_per_image: float,
+    nodes: Nodes,
+    codec: str | None = None,
+    target_recall: float = DEFAULT_TARGET_RECALL,
+    task_memory_bytes: int = DEFAULT_MEMORY_BYTES,
+) -> Capacity:
+    """Lay out an index for so many vectors, and say what it takes.
+
+    Args:
+        num_vectors: All vectors of the index; may be 0.
+        dim: D.
+        vectors_per_image: On average, above 0, at most 256.
+        nodes: The machines that build and serve it.
+        codec: See `plan_index`.
+        target_recall: See `plan_index`.
+        task_memory_bytes: What a task that trains, builds or merges may hold.
+
+    Raises:
+        ConfigError: Ids have no room for so many images, a node's memory does not hold two such tasks or one
+            segment, or `plan_index` refuses.
+        ValueError: A size is negative, or a number of vectors an image outside of its range.
+    """
+    if not 0 < vectors_per_image <= MAX_SLOTS:
+        raise ValueError(f"expected 0 < vectors_per_image <= {MAX_SLOTS}, got {vectors_per_image}")
+    num_images = math.ceil(num_vectors / vectors_per_image)
+    if num_images > MAX_IMAGES:
+        raise ConfigError(
+            f"{num_vectors:,} vectors are {num_images:,} images, and ids have room for {MAX_IMAGES:,}; plan "
+            "several indexes"
+        )
+    if 2 * task_memory_bytes > nodes.memory_bytes:
+        raise ConfigError(
+            f"a task's memory of {_gb(task_memory_bytes)} is more than half of a node's "
+            f"{_gb(nodes.memory_bytes)}; plan for larger nodes (--plan-node-memory)"
+        )
+    plan = plan_index(
+        num_vectors, dim, codec=codec, target_recall=target_recall, memory_bytes=task_memory_bytes
+    )
+    shards = _spread(plan, nodes)
+    num_nodes = nodes.num or shards.num
+    table_bytes = num_vectors * (2 * dim + BOX_BYTES) + num_images * TABLE_BYTES_PER_IMAGE
+    train, build, merge = _hours(plan, nodes, num_nodes, task_memory_bytes)
+    return Capacity(
+        plan=plan,
+        num_images=num_images,
+        table_bytes=table_bytes,
+        bytes_on_store=table_bytes + plan.bytes_on_store,
+        bytes_while_merging=plan.bytes_on_store - plan.codec_bytes,
+        task_memory_bytes=task_memory_bytes,
+        segment_bytes=_segment_bytes(plan),
+        num_shards=shards.num,
+        segments_per_shard=shards.num_segments,
+        shard_bytes=shards.num_bytes,
+        node_memory_bytes=nodes.memory_bytes,
+        node_cpus=nodes.cpus,
+        nodes_needed=shards.num,
+        nodes=num_nodes,
+        replicas=num_nodes // shards.num,
+        expected_recall=_recall(plan.factory),
+        vectors_per_query=math.ceil(num_vectors * plan.nprobe / plan.nlist),
+        query_seconds=_query_seconds(plan, shards),
+        train_hours=train,
+        build_hours=build,
+        merge_hours=merge,
+        advice=tuple(_advice(plan, shards, nodes, task_memory_bytes)),
+    )
+
+
+class _Shards(NamedTuple):
+    """How segments are shared out: the fullest shard has `num_segments` and takes `num_bytes`."""
+
+    num: int
+    num_segments: int
+    num_bytes: int
+
+
+def _segment_bytes(plan: IndexPlan) -> int:
+    return min(plan.num_vectors, plan.vectors_per_segment) * plan.bytes_per_vector + plan.codec_bytes
+
+
+def _spread(plan: IndexPlan, nodes: Nodes) -> _Shards:
+    """As few shards as the nodes' memory allows, of as many segments each."""
+    fixed, segment = TABLE_CACHE_BYTES + PROCESS_BYTES, _segment_bytes(plan)
+    most = int((SERVED_SHARE * nodes.memory_bytes - fixed) // segment)
+    if most < 1:
+        least = math.ceil((fixed + segment) / SERVED_SHARE)
+        raise ConfigError(
+            f"a node's memory of {_gb(nodes.memory_bytes)} does not hold one segment of {_gb(segment)} and a "
+            f"search process of {_gb(fixed)}; plan for {_gb(least)} at least (--plan-node-memory)"
+        )
+    num = max(1, math.ceil(plan.num_segments / most))
+    per_shard = math.ceil(plan.num_segments / num)
+    return _Shards(num, per_shard, fixed + min(per_shard * segment, plan.bytes_on_store))
+
+
+def _query_seconds(plan: IndexPlan, shards: _Shards) -> float:
+    """Each segment of the shard finds its lists anew, and scans them."""
+    if HNSW_LINK.search(plan.factory):
+        coarse = HNSW_SECONDS_PER_VALUE * plan.dim * max(1.0, 2 * plan.nprobe / HNSW_SEARCH)
+    else:
+        coarse = COARSE_SECONDS_PER_VALUE * plan.dim * plan.nlist
+    num_vectors = min(plan.num_vectors, shards.num_segments * plan.vectors_per_segment)
+    scanned = num_vectors * plan.nprobe / plan.nlist
+    return shards.num_segments * coarse + scanned * plan.dim * SCAN_SECONDS_PER_VALUE
+
+
+def _hours(
+    plan: IndexPlan, nodes: Nodes, num_nodes: int, task_memory_bytes: int
+) -> tuple[float, float | None, float]:
+    """To train, to build, and to rewrite each segment once."""
+    task_cpus = min(MOST_TASK_CPUS, nodes.cpus)
+    by_memory = max(1, int(TASK_SHARE * nodes.memory_bytes // task_memory_bytes))
+    builders = num_nodes * min(nodes.cpus // task_cpus, by_memory) * task_cpus
+    mergers = num_nodes * min(nodes.cpus, by_memory)
+    rounds = 2.0 * plan.training_vectors * plan.nlist * plan.dim * KMEANS_ROUNDS
+    per_vector = _seconds_per_vector(plan)
+    return (
+        rounds / (KMEANS_FLOP_PER_SECOND * task_cpus) / 3600,
+        None if per_vector is None else plan.num_vectors * per_vector / builders / 3600,
+        plan.bytes_on_store * MERGE_SECONDS_PER_BYTE / mergers / 3600,
+    )
+
+
+def _seconds_per_vector(plan: IndexPlan) -> float | None:
+    """Of one core, to read a vector, find its list and encode it."""
+    code = 0.0 if plan.factory.endswith(",Flat") else CODE_SECONDS_PER_VALUE.get(bits_of(plan.factory))
+    if code is None:
+        return None
+    per_value = READ_SECONDS_PER_VALUE + code
+    per_value += 2 * plan.dim / KMEANS_FLOP_PER_SECOND if plan.factory.startswith("RR") else 0.0
+    if HNSW_LINK.search(plan.factory):
+        per_value += HNSW_SECONDS_PER_VALUE
+    else:
+        per_value += 2 * plan.nlist / KMEANS_FLOP_PER_SECOND
+    return plan.dim * per_value
+
+
+def _recall(factory: str) -> float | None:
+    return 1.0 if factory.endswith(",Flat") else RECALL_BY_BITS.get(bits_of(factory))
+
+
+def bits_of(factory: str) -> int:
+    """RaBitQ's bits a dimension of a factory string; 0 for other codes."""
+    found = re.search(r",RaBitQ(\d*)$", factory)
+    return int(found[1] or 1) if found else 0
+
+
+def _advice(plan: IndexPlan, shards: _Shards, nodes: Nodes, task_memory_bytes: int) -> list[str]:
+    lines = []
+    if nodes.num is not None and nodes.num < shards.num:
+        bytes_of_one = math.ceil(shards.num * shards.num_bytes / nodes.num / SERVED_SHARE)
+        lines.append(
+            f"does not fit: {nodes.num:,} nodes of {_gb(nodes.memory_bytes)} hold "
+            f"{nodes.num / shards.num:.0%} of it; take {shards.num:,} of them, or {nodes.num:,} of "
+            f"{_gb(bytes_of_one)} each, or fewer bits a dimension (--codec {_fewer_bits(plan)})"
+        )
+    wanted = wanted_lists(plan.num_vectors)
+    if plan.nlist < wanted and bits_of(plan.factory):
+        enough = task_memory_bytes * math.ceil(wanted / plan.nlist)
+        lines.append(
+            f"a task of {_gb(task_memory_bytes)} trains {plan.nlist:,} lists, the vectors want {wanted:,}: a "
+            f"list is {wanted / plan.nlist:.0f} times as long; a task of {_gb(enough)} trains them all"
+        )
+    return lines
+
+
+def _fewer_bits(plan: IndexPlan) -> str:
+    fewer = max((bits for bits in CODE_SECONDS_PER_VALUE if bits < bits_of(plan.factory)), default=1)
+    return f"{plan.factory.split(',')[0]},IVF,RaBitQ{fewer}"
+
+
+def _gb(num_bytes: float) -> str:
+    return f"{num_bytes / 1e9:,.3g} GB" if num_bytes < 1e12 else f"{num_bytes / 1e9:,.0f} GB"

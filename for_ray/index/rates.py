@@ -1,0 +1,38 @@
+"""What one core does in a second: the rates that `capacity` reckons with.
+
+All by `benchmarks/plan_rates.py`, which prints them beside what it measures: one thread on an AMD EPYC with
+AVX-512, faiss 1.15.1. Another machine takes these times its own ratio.
+"""
+
+KMEANS_FLOP_PER_SECOND = 1.1e11
+"""2 · vectors · lists · D for each round of k-means, and for finding a vector's list by a flat quantizer."""
+
+KMEANS_ROUNDS = 10
+"""FAISS's `ClusteringParameters.niter` of an inverted file."""
+
+CODE_SECONDS_PER_VALUE = {1: 1.7e-8, 2: 6.8e-8, 3: 1.1e-7, 4: 1.2e-7, 6: 1.9e-7, 8: 4.5e-7}
+"""To rotate a value and encode it, by RaBitQ's bits."""
+
+HNSW_SECONDS_PER_VALUE = 1.7e-7
+"""To find a vector's list by HNSW32, efSearch 16, for each of its values."""
+
+HNSW_SEARCH = 16
+"""FAISS's default efSearch; a query's is twice its `nprobe`, see `probe`."""
+
+READ_SECONDS_PER_VALUE = 7.0e-9
+"""To read a float16 value from the table on a disk, to make it float32 and to check it."""
+
+MERGE_SECONDS_PER_BYTE = 2.4e-9
+"""To copy a byte of a segment into another one, and to hash it."""
+
+SCAN_SECONDS_PER_VALUE = 1.7e-10
+"""To compare a query with a value of a code, when 800 hits are fetched."""
+
+COARSE_SECONDS_PER_VALUE = 1.5e-10
+"""To compare a query with a value of a centroid, flat."""
+
+BOX_BYTES = 4
+"""Of the table: a vector's box."""
+
+TABLE_BYTES_PER_IMAGE = 43
+"""Uri, etag, sizes, time and offsets, as Lance compresses them."""
