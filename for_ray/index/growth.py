@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from for_ray.index.capacity import bits_of
 from for_ray.index.plan import IndexPlan, plan_index
 from for_ray.schema import Codec, Segment, Snapshot
 
@@ -47,7 +48,7 @@ def why_retrain(
         floor: The recall that is enough.
     """
     kinds = codec_kind(plan.factory), codec_kind(codec.factory)
-    if kinds[0] != kinds[1] and not _was_larger(codec, plan, wanted=wanted):
+    if kinds[0] != kinds[1] and not _was_larger(codec, plan, wanted=wanted, floor=floor):
         return f"{kinds[0]} takes the place of {kinds[1]}"
     if plan.nlist >= GROWTH_OF_LISTS * codec.nlist:
         return f"{plan.num_vectors:,} vectors want {plan.nlist} lists, it has {codec.nlist}"
@@ -64,7 +65,7 @@ def why_retrain_snapshot(snapshot: Snapshot, *, wanted: str | None, floor: float
     codec = snapshot.codec
     if codec is None or not snapshot.num_vectors:
         return None
-    plan = plan_index(snapshot.num_vectors, codec.dim, codec=wanted)
+    plan = plan_index(snapshot.num_vectors, codec.dim, codec=wanted, target_recall=floor)
     recall = snapshot.recall_at_50
     return why_retrain(codec, plan, snapshot.segments, wanted=wanted, recall=recall, floor=floor)
 
@@ -94,12 +95,15 @@ def codec_kind(factory: str) -> str:
     return re.sub(r"IVF\d*(_HNSW\d*)?", "IVF", factory)
 
 
-def _was_larger(codec: Codec, plan: IndexPlan, *, wanted: str | None) -> bool:
-    """Whether the plan chose both, and twice the vectors would have the codec's kind.
+def _was_larger(codec: Codec, plan: IndexPlan, *, wanted: str | None, floor: float) -> bool:
+    """Whether the plan chose both, and the codec's kind is that of twice the vectors, or has bits to spare.
 
-    An index that shrinks keeps it until then: around the limit it would have another one every night.
+    An index that shrinks keeps it until then: around the limit it would have another one every night. Where
+    less recall is asked for than it finds, nothing is to be mended.
     """
     if wanted is not None or codec.wanted is not None:
         return False
-    twice = plan_index(2 * plan.num_vectors, plan.dim)
+    if 0 < bits_of(plan.factory) < bits_of(codec.factory):
+        return True
+    twice = plan_index(2 * plan.num_vectors, plan.dim, target_recall=floor)
     return codec_kind(twice.factory) == codec_kind(codec.factory)

@@ -71,7 +71,8 @@ def update_segments(
     dim = images.schema.field("vectors").type.value_type.list_size
     codec, segments, deleted = _carry_over(job, images, base) if base else _nothing()
     added = count_held(images, max((segment.end_image_id for segment in segments), default=0))
-    plan = plan_index(_num_live(segments) + added.num_vectors, dim, codec=wanted)
+    num_vectors = _num_live(segments) + added.num_vectors
+    plan = plan_index(num_vectors, dim, codec=wanted, target_recall=floor)
     if not plan.num_vectors:
         return Built(*_nothing(codec), 0, 1, is_new=False, vectors_per_segment=plan.vectors_per_segment)
     recall, reason = base.recall_at_50 if base else None, None

@@ -93,6 +93,15 @@ def test_what_the_user_asks_for_comes_at_once():
     assert why(asked_for, plan_index(9_000, 64), wanted=None) is not None  # back to what the plan chooses
 
 
+def test_a_higher_target_takes_more_bits_and_a_lower_one_leaves_them():
+    coded = codec(plan_index(20_000, 64))
+    assert coded.factory.endswith("RaBitQ4")
+    finer, coarser = (plan_index(20_000, 64, target_recall=target) for target in (0.999, 0.9))
+    assert why(coded, finer, floor=0.999) == "HR,IVF,RaBitQ8 takes the place of HR,IVF,RaBitQ4"
+    assert coarser.factory.endswith("RaBitQ3")
+    assert why(coded, coarser, floor=0.9) is None
+
+
 def test_recall_under_the_floor_that_the_codec_had_reached():
     plan = plan_index(20_000, 64)
     good = codec(plan, recall_at_50=0.97)
