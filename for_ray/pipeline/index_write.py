@@ -225,7 +225,7 @@ class IndexWriter:
             return merge_small(job, built, cluster=self.cluster, on_progress=update)
 
     def _verify(self, listing: Listing, images: Any, built: Built, *, num_skipped: int) -> Recall:
-        from for_ray.stages.verify import Recall, check_closed, measure_recall
+        from for_ray.stages.verify import Recall, check_closed, check_recall, measure_recall
 
         with self._stage("verify"):
             folder = self.folder / secrets.token_hex(4)
@@ -242,7 +242,7 @@ class IndexWriter:
             if not built.is_new:
                 known = self.base.recall_at_50 if self.base else None
                 return Recall(known, self.base.nprobe if self.base else 1)
-            return measure_recall(
+            recall = measure_recall(
                 self.cluster,
                 self._job(images),
                 built.segments,
@@ -252,6 +252,8 @@ class IndexWriter:
                 target=self.settings.target_recall,
                 cache_path=self.folder / "segments",
             )
+            check_recall(recall, least=self.settings.least_recall, codec=built.codec)
+            return recall
 
     def _snapshot(self, listing: Listing, images: Any, built: Built, recall: Recall) -> Snapshot:
         num_indexed, num_quarantined = table.count_images(images)

@@ -14,7 +14,7 @@ from for_ray.errors import StageError
 from for_ray.evaluation.exact import exact_top_images, recall_at_k
 from for_ray.index.search import open_segments, search_images
 from for_ray.index.table import ImageVectors, read_vectors, take_vectors, worst_causes
-from for_ray.schema import Cause, Segment
+from for_ray.schema import Cause, Codec, Segment
 from for_ray.stages.cluster import Cluster
 from for_ray.stages.ranges import RangeJob, split_images
 from for_ray.storage import shown
@@ -178,3 +178,24 @@ def _exact_of_range(
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
     batches: Any = read_vectors(job.open_table(), first, end, batch_rows=IMAGES_A_READ)
     return exact_top_images(batches, queries, RANKED)
+
+
+def check_recall(recall: Recall, *, least: float, codec: Codec | None) -> None:
+    """Raise when a new build finds less than it has to.
+
+    Args:
+        recall: As `measure_recall` gives it: more lists would find no more.
+        least: `min_recall`.
+        codec: Of the build; None where there is nothing to find.
+
+    Raises:
+        StageError: With the settings to change.
+    """
+    if codec is None or recall.recall is None or recall.recall >= least:
+        return
+    raise StageError(
+        "verify",
+        f"recall@{RANKED} is {recall.recall:.3f}, under min_recall {least:g}; not published: more than "
+        f"{recall.nprobe:,} lists find no more, {codec.factory} is what loses it; raise the bits of --codec "
+        "(HR,IVF,RaBitQ8 or IVF,Flat), or lower --min-recall",
+    )
