@@ -28,6 +28,7 @@ _CORNER, _SMALLEST_BOX = 8, 12
 _GROUND, _CARD, _WELL = (22, 24, 28), (33, 36, 42), (14, 15, 18)
 _TITLE, _TEXT, _DIM = (244, 245, 247), (214, 217, 222), (139, 145, 155)
 _BOX, _BOX_EDGE = (255, 214, 10), (20, 20, 20)
+_COLOURS = (_BOX, (64, 200, 255), (255, 105, 180), (120, 230, 90), (255, 140, 40), (180, 140, 255))
 _GONE = (74, 78, 86)
 
 _Colour = tuple[int, int, int]
@@ -44,6 +45,8 @@ class Tile:
         box: x0, y0, x1, y1 as fractions of the upright image's width and height; None draws none.
         score: What stands on the right below the image; None leaves the place empty.
         problem: Why there is no image: a few words that the grey tile shows.
+        boxes: Instead of `box` where an image is asked for several things: each with its place in the sheet's
+            legend, whose colour it has.
     """
 
     caption: str
@@ -51,6 +54,7 @@ class Tile:
     box: Box | None = None
     score: float | None = None
     problem: str = "no image"
+    boxes: tuple[tuple[int, Box], ...] = ()
 
 
 def draw_sheet(
@@ -61,6 +65,7 @@ def draw_sheet(
     example: bytes | None = None,
     tile_pixels: int = 240,
     num_columns: int | None = None,
+    legend: Sequence[str] = (),
 ) -> bytes:
     """Draw a sheet of the first `MAX_TILES` tiles, numbered from 1, in rows.
 
@@ -73,6 +78,7 @@ def draw_sheet(
         example: The encoded image that was asked with; shown small beside the title.
         tile_pixels: Side of the square that an image is letterboxed into.
         num_columns: Tiles in a row; None chooses by their number.
+        legend: What the colours of `Tile.boxes` stand for; shown before the subtitle.
 
     Returns:
         A JPEG file; the same bytes for the same arguments.
@@ -91,7 +97,7 @@ def draw_sheet(
     width = 2 * _MARGIN + num_columns * (card_width + _GAP) - _GAP
     height = _MARGIN + _HEADER + max(num_rows * (card_height + _GAP) - _GAP, 0) + _MARGIN
     sheet = Image.new("RGB", (width, height), _GROUND)
-    _draw_header(sheet, title, subtitle or _counted(len(shown), len(tiles)), example)
+    _draw_header(sheet, title, subtitle or _counted(len(shown), len(tiles)), example, legend)
     for number, tile in enumerate(shown):
         row, column = divmod(number, num_columns)
         card = _draw_card(tile, number + 1, tile_pixels)
@@ -126,7 +132,9 @@ def _counted(num_shown: int, num_tiles: int) -> str:
     return "1 image" if num_tiles == 1 else f"{num_tiles} images"
 
 
-def _draw_header(sheet: Image.Image, title: str, subtitle: str, example: bytes | None) -> None:
+def _draw_header(
+    sheet: Image.Image, title: str, subtitle: str, example: bytes | None, legend: Sequence[str]
+) -> None:
     left = _MARGIN
     if example is not None:
         side = _HEADER - 20
@@ -136,14 +144,29 @@ def _draw_header(sheet: Image.Image, title: str, subtitle: str, example: bytes |
     draw = ImageDraw.Draw(sheet)
     room = sheet.width - _MARGIN - left
     draw.text((left, _MARGIN - 6), _shortened(title, 30, room), font=_font(30), fill=_TITLE)
+    left = _draw_legend(draw, legend, left, sheet.width - _MARGIN)
+    room = sheet.width - _MARGIN - left
     draw.text((left, _MARGIN + 34), _shortened(subtitle, 15, room), font=_font(15), fill=_DIM)
+
+
+def _draw_legend(draw: ImageDraw.ImageDraw, legend: Sequence[str], left: int, right: int) -> int:
+    """The names in their boxes' colours, in the left two thirds; where the next text begins."""
+    end = left + (right - left) * 2 // 3
+    for place, name in enumerate(legend):
+        label = _shortened(name, 15, min(240, end - left))
+        if not label:
+            break
+        draw.text((left, _MARGIN + 34), label, font=_font(15), fill=_COLOURS[place % len(_COLOURS)])
+        left += math.ceil(_width(label, 15)) + 18
+    return left
 
 
 def _draw_card(tile: Tile, rank: int, tile_pixels: int) -> Image.Image:
     card = Image.new("RGB", (tile_pixels + 2 * _PADDING, tile_pixels + _PADDING + _CAPTION), _CARD)
     picture, place = _letterbox(tile, tile_pixels)
-    if place and tile.box:
-        _draw_box(picture, tile.box, place)
+    if place:
+        for colour, box in tile.boxes or ([(0, tile.box)] if tile.box else []):
+            _draw_box(picture, box, place, _COLOURS[colour % len(_COLOURS)])
     card.paste(picture, (_PADDING, _PADDING), _rounded(picture.size, 4))
     draw = ImageDraw.Draw(card)
     middle = tile_pixels + _PADDING + _CAPTION // 2
@@ -216,14 +239,14 @@ def _flat(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _draw_box(picture: Image.Image, box: Box, place: tuple[int, int, int, int]) -> None:
+def _draw_box(picture: Image.Image, box: Box, place: tuple[int, int, int, int], colour: _Colour) -> None:
     """Three pixels of bright colour between two thin dark lines: seen on any image."""
     left, top, width, height = place
     x0, x1 = _span(left, width, box[0], box[2], picture.width)
     y0, y1 = _span(top, height, box[1], box[3], picture.height)
     draw = ImageDraw.Draw(picture)
     draw.rounded_rectangle((x0 - 1, y0 - 1, x1 + 1, y1 + 1), radius=4, outline=_BOX_EDGE, width=5)
-    draw.rounded_rectangle((x0, y0, x1, y1), radius=3, outline=_BOX, width=3)
+    draw.rounded_rectangle((x0, y0, x1, y1), radius=3, outline=colour, width=3)
 
 
 def _span(start: int, length: int, low: float, high: float, side: int) -> tuple[int, int]:

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from typing import Any
 
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from for_ray.command import run_command
 from for_ray.config import SearchSettings, read_settings
@@ -20,31 +17,41 @@ def main() -> int:
 
 
 def _search(settings: SearchSettings) -> None:
-    from for_ray import retrieval, storage  # slow to import: --help and wrong settings don't wait
+    from for_ray import retrieval  # slow to import: --help and wrong settings don't wait
+    from for_ray.retrieval.printed import table_of
 
     if settings.sheet:
         retrieval.check_sheet(settings.sheet)
     example = retrieval.read_example(settings.image) if settings.image else None
-    index = retrieval.open_index(settings.index, snapshot_id=settings.snapshot, encoder=settings.encoder)
-    hits = index.search(settings.query, image=example, k=settings.top)
-    rows = [hit.to_json() for hit in hits]
-    uris = [Text(storage.shown(hit.uri), overflow="fold") for hit in hits]
-    print(json.dumps(rows)) if settings.json_ else _print_table(rows, uris)
-    if len(hits) < settings.top:
-        print(f"{len(hits):,} images: this snapshot of the index holds no more", file=sys.stderr)
+    question = retrieval.Question(
+        text=settings.query,
+        image=example,
+        region=settings.box,
+        like=settings.like,
+        k=settings.top,
+        filters=retrieval.Filters(settings.under, settings.glob, settings.filter),
+        min_score=settings.min_score,
+        fold_at=settings.fold_at if settings.fold else None,
+        unwanted_above=settings.unwanted_above,
+        page=settings.page,
+    )
+    retrieval.check_question(question)
+    snapshot_id = settings.snapshot
+    if snapshot_id is None and settings.page is not None:
+        snapshot_id = retrieval.snapshot_of_page(settings.page)
+    index = retrieval.open_index(settings.index, snapshot_id=snapshot_id, encoder=settings.encoder)
+    answer = index.ask(question)
+    if settings.json_:
+        print(json.dumps([hit.to_json() for hit in answer.hits]))
+    else:
+        # In a pipe a hit is one line: nothing is folded at the 80 columns that rich takes for granted there.
+        Console(highlight=False, width=None if sys.stdout.isatty() else 1 << 20).print(table_of(answer))
+    if answer.reason or answer.next_page:
+        print(answer.reason or f"more: --page {answer.next_page}", file=sys.stderr)
     if settings.sheet:
-        title = settings.query or f"like {str(settings.image).rsplit('/', 1)[-1]}"
-        index.write_sheet(settings.sheet, hits, title=title, example=example)
+        title = settings.query or f"like {str(settings.image or settings.like).rsplit('/', 1)[-1]}"
+        index.write_sheet(settings.sheet, answer.hits, title=title, example=example)
         print(f"sheet: {settings.sheet}", file=sys.stderr)
-
-
-def _print_table(rows: list[dict[str, Any]], uris: list[Text]) -> None:
-    table = Table("rank", "score", "uri", "box: x0 y0 x1 y1", box=None, header_style="bold")
-    for rank, (row, uri) in enumerate(zip(rows, uris, strict=True), start=1):
-        table.add_row(f"{rank}", f"{row['score']:.4f}", uri, " ".join(f"{side:.2f}" for side in row["box"]))
-    # In a pipe a hit is one line: nothing is folded at the 80 columns that rich takes for granted there.
-    piped = 50 + max((uri.cell_len for uri in uris), default=0)
-    Console(highlight=False, width=None if sys.stdout.isatty() else piped).print(table)
 
 
 if __name__ == "__main__":

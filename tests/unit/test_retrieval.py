@@ -74,8 +74,11 @@ def test_text_finds_the_planted_images_in_order(
     assert [hit.image_id for hit in hits] == [3, 1, 4, 0]
     assert [hit.slot for hit in hits] == [0, 1, 0, 1]
     assert hits[1].box == pytest.approx((0.2, 0.4, 0.6, 0.8), abs=1e-6)
+    box = [0.2, 0.4, 0.6, 0.8]
+    found = {"name": "a red car", "score": hits[1].score, "slot": 1, "box": box}
     assert hits[1].to_json() == {
-        "uri": "second.jpg", "score": hits[1].score, "image_id": 1, "box": [0.2, 0.4, 0.6, 0.8],
+        "uri": "second.jpg", "score": hits[1].score, "image_id": 1, "slot": 1, "box": box,
+        "found": [found], "folded": [],
     }  # fmt: skip
 
 
@@ -221,10 +224,11 @@ def refusal(kind: type[ForRayError], call: Callable[[], object], *words: str) ->
 @pytest.mark.parametrize(
     ("question", "words"),
     [
-        ({}, ["words or a picture"]),
-        ({"text": "a dog", "image": jpeg()}, ["words or a picture"]),
+        ({}, ["words, a picture"]),
+        ({"text": "a dog", "image": jpeg()}, ["words, a picture"]),
         ({"text": ""}, ["empty"]),
         ({"text": " \n"}, ["empty"]),
+        ({"text": 10_000 * "x"}, ["10,000 letters", "1,000"]),
         ({"text": "a dog", "k": 0}, ["1 to 10,000", "got 0"]),
         ({"text": "a dog", "k": 10_000_000}, ["1 to 10,000", "got 10,000,000"]),
     ],
@@ -308,6 +312,7 @@ def test_sheet_goes_on_without_images_that_are_gone_or_changed(
     planted_index: PlantedIndex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from for_ray import storage
+    from for_ray.retrieval import sheets
 
     paths = [tmp_path / name for name in ("good.jpg", "gone.jpg", "changed.jpg", "broken.jpg")]
     for path in paths:
@@ -325,9 +330,9 @@ def test_sheet_goes_on_without_images_that_are_gone_or_changed(
     paths[1].unlink()
     paths[2].write_bytes(jpeg("blue", (100, 100)))
     drawn: list[list[Tile]] = []
-    draw = retrieval.draw_sheet
+    draw = sheets.draw_sheet
     monkeypatch.setattr(
-        retrieval, "draw_sheet", lambda tiles, **names: drawn.append(tiles) or draw(tiles, **names)
+        sheets, "draw_sheet", lambda tiles, **names: drawn.append(tiles) or draw(tiles, **names)
     )
     index = open_index(planted_index.uri)
     hits = index.search_vector(QUERY, k=10)

@@ -1,0 +1,229 @@
+"""From vectors to an answer: rank, fold, cut the page, and say why there are no more hits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from for_ray.errors import ConfigError
+from for_ray.index.conjunction import ImageObjects, assign_slots, search_clauses
+from for_ray.index.folding import fold_images
+from for_ray.index.search import SegmentSet, search_images
+from for_ray.index.similar import search_similar
+from for_ray.retrieval.paging import PageEnd, depths, is_behind
+from for_ray.retrieval.question import MAX_HITS, Answer, Found, Hit, Query, Question
+from for_ray.retrieval.rows import objects_of, take_objects, take_rows, take_vectors
+from for_ray.schema import Snapshot, unpack_boxes
+from for_ray.sheet import Box
+
+MAX_FOLDED = 1024
+"""Images that are compared with each other for folding."""
+
+
+class Ranking(NamedTuple):
+    """Images as a search ranked them, best first; `clauses` says which clause each answers."""
+
+    image_ids: NDArray[np.int64]
+    scores: NDArray[np.float32]
+    clauses: NDArray[np.int64]
+    is_full: bool
+    is_exhaustive: bool
+    is_proven: bool
+    num_candidates: int
+
+
+@dataclass(frozen=True)
+class Search:
+    """One question over one snapshot.
+
+    Attributes:
+        snapshot: What is asked.
+        images: Its table.
+        segments: Its vectors.
+        num_slots: Vectors that its encoder gives an image, at most.
+        question: How to answer.
+        query: What to look for.
+        only: Images that may be found, ascending; None for all.
+        end: Of the page before; None for the first page.
+        limits: Gives the score from which an image shows an unwanted term, for each term.
+    """
+
+    snapshot: Snapshot
+    images: Any
+    segments: SegmentSet
+    num_slots: int
+    question: Question
+    query: Query
+    only: NDArray[np.int64] | None
+    end: PageEnd | None
+    limits: Callable[[NDArray[np.float32]], NDArray[np.float64]]
+
+    def answer(self) -> Answer:
+        """Rank as deep as the page needs."""
+        question, num_before = self.question, self.end.num_shown if self.end else 0
+        if num_before + question.k > MAX_HITS:
+            found = f"the page would reach beyond {MAX_HITS:,} images, all that one question ranks"
+            raise ConfigError(f"{found}: ask for fewer images a page, or filter")
+        if self.num_slots < self.query.fewest_objects:
+            return self._answer(_nothing(), np.empty(0, np.int64), np.empty(0, np.int64))
+        for depth in depths(num_before + question.k):
+            ranking = self._rank(depth)
+            leaders = self._fold(ranking)
+            shown = self._shown(ranking, leaders)
+            if len(shown) > question.k or not ranking.is_full:
+                break
+        return self._answer(ranking, leaders, shown)
+
+    def _rank(self, depth: int) -> Ranking:
+        filters = {"exclude_image_ids": self.snapshot.deleted_image_ids}
+        if self.only is not None:
+            filters["only_image_ids"] = self.only
+        terms, clauses = self.query.terms, self.query.clauses
+        if self.query.is_one_vector or not clauses:
+            if self.query.is_one_vector:
+                found = search_images(self.segments, terms[0], depth, exact=self._vectors, **filters)
+            else:
+                found = search_similar(self.segments, terms, depth, exact=self._vectors, **filters)
+            is_proven = found.is_exhaustive or self.query.is_one_vector
+            nearest = np.zeros(len(found.image_ids), np.int64)
+            flags = (found.is_complete, found.is_exhaustive, is_proven, found.num_candidates)
+            return Ranking(found.image_ids, found.scores, nearest, *flags)
+        limits = self._limits_of_unwanted()
+        matches = search_clauses(
+            self.segments, terms, clauses, depth, objects=self._objects, limits=limits, **filters
+        )
+        return Ranking(*matches)
+
+    def _limits_of_unwanted(self) -> NDArray[np.float64]:
+        terms = self.query.terms
+        if not any(unwanted for _, unwanted in self.query.clauses):
+            return np.full(len(terms), np.inf)
+        if self.question.unwanted_above is not None:
+            return np.full(len(terms), self.question.unwanted_above)
+        return self.limits(terms)
+
+    def _vectors(self, image_ids: NDArray[np.int64]) -> Any:
+        return take_vectors(self.images, image_ids)
+
+    def _objects(self, image_ids: NDArray[np.int64]) -> ImageObjects:
+        return take_objects(self.images, image_ids)
+
+    def _fold(self, ranking: Ranking) -> NDArray[np.int64]:
+        """For each ranked image the place of the one that it is folded under; its own where it is kept."""
+        ids = ranking.image_ids
+        if self.question.fold_at is None or not len(ids):
+            return np.arange(len(ids))
+        if len(ids) > MAX_FOLDED:
+            found = f"near-duplicates are folded in the first {MAX_FOLDED:,} images"
+            raise ConfigError(f"{found}: ask for fewer images, or don't fold")
+        return fold_images(self._vectors(ids), ids, threshold=self.question.fold_at)
+
+    def _shown(self, ranking: Ranking, leaders: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The places of hits behind the page before."""
+        is_shown = leaders == np.arange(len(leaders))
+        if self.question.min_score is not None:
+            is_shown &= ranking.scores >= self.question.min_score
+        if self.end is not None:
+            is_shown &= is_behind(self.end, ranking.scores, ranking.image_ids)
+        return np.flatnonzero(is_shown)
+
+    def _answer(self, ranking: Ranking, leaders: NDArray[np.int64], shown: NDArray[np.int64]) -> Answer:
+        k = self.question.k
+        hits = self._hits(ranking, leaders, shown[:k])
+        is_complete = len(hits) == k
+        return Answer(
+            hits,
+            self.query.wanted_names,
+            self.snapshot.snapshot_id,
+            ranking.num_candidates,
+            is_complete,
+            ranking.is_exhaustive,
+            ranking.is_proven,
+            None if is_complete else self._reason(ranking, len(hits)),
+            self._next_page(hits) if len(shown) > k else None,
+        )
+
+    def _hits(
+        self, ranking: Ranking, leaders: NDArray[np.int64], places: NDArray[np.int64]
+    ) -> tuple[Hit, ...]:
+        if not len(places):
+            return ()
+        folded = {place: np.flatnonzero(leaders == place)[1:] for place in places.tolist()}
+        wanted = np.concatenate([places, *folded.values()])
+        rows = take_rows(self.images, ranking.image_ids[wanted], ["uri", "etag", "vectors", "boxes"])
+        objects = objects_of(rows)
+        row_of = {image_id: row for row, image_id in enumerate(objects.image_ids.tolist())}
+        uris, etags = rows["uri"].to_pylist(), rows["etag"].to_pylist()
+        hits = []
+        for place in places.tolist():
+            image_id = int(ranking.image_ids[place])
+            row = row_of[image_id]
+            found = self._found(objects, row, int(ranking.clauses[place]))
+            first, copies = found[0], [row_of[int(ranking.image_ids[copy])] for copy in folded[place]]
+            same = tuple(uris[copy] for copy in copies)
+            score = float(ranking.scores[place])
+            etag = etags[row] or ""
+            hits.append(Hit(uris[row], score, image_id, first.slot, first.box, etag, found, same))
+        return tuple(hits)
+
+    def _found(self, objects: ImageObjects, row: int, clause: int) -> tuple[Found, ...]:
+        start, end = objects.offsets[row : row + 2]
+        boxes, vectors = objects.boxes[start:end], objects.vectors[start:end].astype(np.float64)
+        cosines = (vectors @ self.query.terms.astype(np.float64).T).astype(np.float32)  # [n, t]
+        if not self.query.clauses:
+            nearest = cosines.max(axis=1)
+            slot = int(nearest.argmax())
+            return (Found("", float(nearest[slot]), slot, _box(boxes[slot])),)
+        wanted = list(self.query.clauses[clause][0])
+        slots = assign_slots(cosines[:, wanted], boxes).tolist()
+        return tuple(
+            Found(self.query.names[term], float(cosines[slot, term]), slot, _box(boxes[slot]))
+            for term, slot in zip(wanted, slots, strict=True)
+        )
+
+    def _next_page(self, hits: tuple[Hit, ...]) -> str | None:
+        num_shown = len(hits) + (self.end.num_shown if self.end else 0)
+        if num_shown >= MAX_HITS:
+            return None
+        last = hits[-1]
+        key = self.question.key
+        return PageEnd(self.snapshot.snapshot_id, key, num_shown, last.score, last.image_id).token()
+
+    def _reason(self, ranking: Ranking, num_hits: int) -> str:
+        """Why there are no more hits."""
+        snapshot, filters = f"snapshot {self.snapshot.snapshot_id}", self.question.filters
+        needed = self.query.fewest_objects
+        if not self.snapshot.indexed:
+            return f"{snapshot} of the index holds no images"
+        if self.only is not None and not len(self.only):
+            return f"no image of {snapshot} passes the filter: {filters}"
+        if self.num_slots < needed:
+            return f"{needed} objects are asked for, and the index has {self.num_slots} vectors an image"
+        lowest = self.question.min_score
+        if lowest is not None and (ranking.scores < lowest).any():
+            return f"{num_hits:,} images: no others score {lowest:g} or more; {_nearest(ranking, lowest)}"
+        reason = f"{num_hits:,} images: this snapshot of the index holds no more"
+        reason += f" that pass the filter: {filters}" if filters else ""
+        if any(unwanted for _, unwanted in self.query.clauses):
+            reason += "; the others show what NOT rules out, or too few objects"
+        elif needed > 1:
+            reason += " with so many objects"
+        return reason
+
+
+def _nothing() -> Ranking:
+    none = np.empty(0, np.int64)
+    return Ranking(none, np.empty(0, np.float32), none, False, True, True, 0)
+
+
+def _nearest(ranking: Ranking, lowest: float) -> str:
+    return f"the next best has {float(ranking.scores[ranking.scores < lowest].max()):.4f}"
+
+
+def _box(box: NDArray[np.uint8]) -> Box:
+    x0, y0, x1, y1 = unpack_boxes(box).tolist()
+    return x0, y0, x1, y1

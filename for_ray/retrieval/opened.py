@@ -1,0 +1,220 @@
+"""An opened index: one process, one published snapshot; it takes questions and gives answers.
+
+The index is all that is needed: a snapshot names the encoder's bundle, the segments and the version of the
+table of images. An opened index stays with its snapshot, whatever is published later.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from for_ray import storage
+from for_ray.errors import ConfigError, DataError
+from for_ray.index import snapshots
+from for_ray.index.search import ImageVectors, SegmentSet, open_segments
+from for_ray.index.table import open_table
+from for_ray.model.bundle import Bundle, open_bundle
+from for_ray.retrieval.asking import Search
+from for_ray.retrieval.filters import columns_of, filtered_ids
+from for_ray.retrieval.paging import check_page, read_token
+from for_ray.retrieval.queries import (
+    check_question,
+    like_query,
+    picture_query,
+    text_query,
+    unwanted_limits,
+)
+from for_ray.retrieval.question import Answer, Hit, Query, Question
+from for_ray.retrieval.rows import sample_vectors
+from for_ray.retrieval.sheets import sheet_of
+from for_ray.schema import Layout, Snapshot
+from for_ray.storage.refusals import lance_refusals
+
+if TYPE_CHECKING:
+    from for_ray.model.encoder import Encoder
+
+_SWEPT = "check credentials and endpoint, or search a newer snapshot"
+
+
+def open_index(
+    index_uri: str,
+    *,
+    snapshot_id: int | None = None,
+    encoder: str | None = None,
+    device: str = "cpu",
+    cache_path: Path | None = None,
+) -> OpenIndex:
+    """Open a published snapshot of an index; segments in a bucket are fetched and kept on this disk.
+
+    Args:
+        index_uri: A folder or `s3://bucket/prefix`.
+        snapshot_id: Which snapshot; the latest when left out.
+        encoder: A bundle, or `open_clip:MODEL@PRETRAINED`, that the index must have been made with.
+        device: Where queries are encoded.
+        cache_path: Where segments of a bucket are kept; the user's cache folder when left out.
+
+    Raises:
+        ConfigError: The index is of another encoder.
+        DataError: Nothing is published there, no such snapshot, or a file of it is missing or damaged.
+        StorageError: The store refused.
+    """
+    layout = Layout(storage.canonical_uri(index_uri))
+    snapshot = snapshots.latest(layout) if snapshot_id is None else snapshots.by_id(layout, snapshot_id)
+    if encoder is not None:
+        _check_encoder(encoder, layout, snapshot)
+    bundle = _open_bundle(layout, snapshot)
+    images = _open_images(layout, snapshot)
+    segments = open_segments(
+        layout, snapshot.fingerprint, snapshot.segments, nprobe=snapshot.nprobe, cache_path=cache_path
+    )
+    return OpenIndex(snapshot, bundle=bundle, images=images, segments=segments, device=device)
+
+
+class OpenIndex:
+    """One snapshot of an index, ready to be asked; threads may share it. `open_index` makes it."""
+
+    def __init__(
+        self, snapshot: Snapshot, *, bundle: Bundle, images: Any, segments: SegmentSet, device: str
+    ) -> None:
+        self.snapshot = snapshot
+        self.bundle = bundle
+        self._images = images
+        self._segments = segments
+        self._device = device
+        self._encoder: Encoder | None = None
+        self._sample: ImageVectors | None = None
+        self._lock = threading.Lock()
+
+    @property
+    def encoder(self) -> Encoder:
+        """The index's own encoder; loaded when the first question comes."""
+        with self._lock:
+            if self._encoder is None:
+                # torch and open_clip take seconds to import; what is wrong with an index is said before.
+                from for_ray.model.encoder import load_encoder
+
+                self._encoder = load_encoder(self.bundle, device=self._device)
+            return self._encoder
+
+    @property
+    def columns(self) -> list[str]:
+        """Columns of the table that `Filters.where` may name; those of the manifest among them."""
+        return columns_of(self._images)
+
+    def ask(self, question: Question) -> Answer:
+        """Answer a question.
+
+        Returns:
+            k distinct images, or all that there are; fewer, or none, with the reason.
+
+        Raises:
+            QuestionError: The words don't parse; a `ConfigError` with a caret under the spot.
+            ConfigError: The question asks for nothing, a number or a filter is wrong, or the page is of
+                another question or snapshot.
+            DataError: The picture can't be decoded, or the index lacks what its snapshot names.
+            StorageError: The store refused.
+        """
+        check_question(question)
+        started = time.perf_counter()
+        query = self._query(question)
+        encoded = time.perf_counter()
+        answer = self._answer(question, query)
+        seconds = {"encode": encoded - started, **answer.seconds, "total": time.perf_counter() - started}
+        return dataclasses.replace(answer, seconds=seconds)
+
+    def search(self, text: str | None = None, *, image: bytes | None = None, k: int = 50) -> list[Hit]:
+        """The hits of a plain question, as `ask` gives them."""
+        return list(self.ask(Question(text=text, image=image, k=k)).hits)
+
+    def search_vector(self, query: NDArray[np.float32], *, k: int = 50) -> list[Hit]:
+        """As `search`, for a unit vector [D] of the index's encoder."""
+        question = Question(text="a vector", k=k)
+        check_question(question)
+        return list(self._answer(question, Query(np.asarray(query, np.float32)[None])).hits)
+
+    def write_sheet(
+        self, path: Path, hits: Sequence[Hit], *, title: str, example: bytes | None = None
+    ) -> None:
+        """Write a contact sheet of the first `MAX_TILES` hits, a JPEG file; its folder is made when missing.
+
+        An image that is gone or has changed since it was indexed is a grey tile that says so.
+        """
+        about = f"{self.bundle.name}, {self.bundle.config.head} · snapshot {self.snapshot.snapshot_id}"
+        whole = f"{self.snapshot.indexed:,} images · {about}"
+        storage.write_bytes(str(path), sheet_of(hits, title=title, whole=whole, example=example))
+
+    def _query(self, question: Question) -> Query:
+        if question.text is not None:
+            return text_query(question.text, self.encoder)
+        if question.image is not None:
+            return picture_query(question.image, question.region, self.encoder)
+        return like_query(question.like or "", self._images)
+
+    def _answer(self, question: Question, query: Query) -> Answer:
+        end = None if question.page is None else read_token(question.page)
+        if end is not None:
+            check_page(end, snapshot_id=self.snapshot.snapshot_id, key=question.key)
+        started = time.perf_counter()
+        only = filtered_ids(self._images, question.filters)
+        filtered = time.perf_counter()
+        asked = Search(
+            snapshot=self.snapshot,
+            images=self._images,
+            segments=self._segments,
+            num_slots=self.bundle.num_slots,
+            question=question,
+            query=query,
+            only=only,
+            end=end,
+            limits=self._limits,
+        )
+        answer = asked.answer()
+        seconds = {"filter": filtered - started, "search": time.perf_counter() - filtered}
+        return dataclasses.replace(answer, seconds=seconds)
+
+    def _limits(self, terms: NDArray[np.float32]) -> NDArray[np.float64]:
+        if self._sample is None:
+            self._sample = sample_vectors(self._images)  # the same whoever draws it
+        return unwanted_limits(self._sample, terms)
+
+
+def snapshot_of_page(token: str) -> int:
+    """The snapshot that a page of an answer goes on in.
+
+    Raises:
+        ConfigError: It is no token of a page.
+    """
+    return read_token(token).snapshot_id
+
+
+def _check_encoder(encoder: str, layout: Layout, snapshot: Snapshot) -> None:
+    given = open_bundle(encoder, allow_untrained=True).fingerprint
+    if given != snapshot.fingerprint:
+        found = f"{layout.index_uri} was made with the encoder {snapshot.fingerprint}, {encoder} is {given}"
+        raise ConfigError(f"{found}: leave --encoder out to search with the index's own")
+
+
+def _open_bundle(layout: Layout, snapshot: Snapshot) -> Bundle:
+    uri = layout.bundle_uri(snapshot.fingerprint)
+    bundle = open_bundle(uri, allow_untrained=True)
+    if bundle.fingerprint != snapshot.fingerprint:
+        found = f"{uri} holds the encoder {bundle.fingerprint}, expected {snapshot.fingerprint}"
+        raise DataError(f"{found}: restore the folder, or build the index anew")
+    return bundle
+
+
+def _open_images(layout: Layout, snapshot: Snapshot) -> Any:
+    uri = layout.images_uri(snapshot.fingerprint)
+    with lance_refusals(uri, remedy=_SWEPT):
+        images = open_table(uri, version=snapshot.images_version)
+    if images is None:
+        raise DataError(f"{uri}, which snapshot {snapshot.snapshot_id} names, is not there: restore it")
+    return images
