@@ -89,6 +89,14 @@ class IndexSettings(Settings):
         description="recall at 50 against exact search that nprobe is raised for, and the code's bits are "
         "chosen by",
     )
+    task_memory: float | None = Field(
+        None,
+        ge=0.5,
+        le=100_000,
+        allow_inf_nan=False,
+        description="memory in GB of a task that trains, builds or merges, at most half of a node's; more is "
+        "for larger segments and, where there are very many vectors, more lists. Default: 4.29",
+    )
     min_recall: float | None = Field(
         None,
         ge=0,

@@ -17,6 +17,7 @@ from for_ray.index.plan import (
     DEFAULT_TARGET_RECALL,
     RECALL_BY_BITS,
     IndexPlan,
+    bits_of,
     plan_index,
     wanted_lists,
 )
@@ -160,7 +161,7 @@ def plan_capacity(
     if 2 * task_memory_bytes > nodes.memory_bytes:
         raise ConfigError(
             f"a task's memory of {_gb(task_memory_bytes)} is more than half of a node's "
-            f"{_gb(nodes.memory_bytes)}; plan for larger nodes (--plan-node-memory)"
+            f"{_gb(nodes.memory_bytes)}; lower --task-memory, or plan for larger nodes (--plan-node-memory)"
         )
     plan = plan_index(
         num_vectors, dim, codec=codec, target_recall=target_recall, memory_bytes=task_memory_bytes
@@ -268,12 +269,6 @@ def _recall(factory: str) -> float | None:
     return 1.0 if factory.endswith(",Flat") else RECALL_BY_BITS.get(bits_of(factory))
 
 
-def bits_of(factory: str) -> int:
-    """RaBitQ's bits a dimension of a factory string; 0 for other codes."""
-    found = re.search(r",RaBitQ(\d*)$", factory)
-    return int(found[1] or 1) if found else 0
-
-
 def _advice(plan: IndexPlan, shards: _Shards, nodes: Nodes, task_memory_bytes: int) -> list[str]:
     lines = []
     if nodes.num is not None and nodes.num < shards.num:
@@ -288,7 +283,7 @@ def _advice(plan: IndexPlan, shards: _Shards, nodes: Nodes, task_memory_bytes: i
         enough = task_memory_bytes * math.ceil(wanted / plan.nlist)
         lines.append(
             f"a task of {_gb(task_memory_bytes)} trains {plan.nlist:,} lists, the vectors want {wanted:,}: a "
-            f"list is {wanted / plan.nlist:.0f} times as long; a task of {_gb(enough)} trains them all"
+            f"list is {wanted / plan.nlist:.0f} times as long; --task-memory {_gigabytes(enough)} trains all"
         )
     return lines
 
@@ -296,6 +291,10 @@ def _advice(plan: IndexPlan, shards: _Shards, nodes: Nodes, task_memory_bytes: i
 def _fewer_bits(plan: IndexPlan) -> str:
     fewer = max((bits for bits in CODE_SECONDS_PER_VALUE if bits < bits_of(plan.factory)), default=1)
     return f"{plan.factory.split(',')[0]},IVF,RaBitQ{fewer}"
+
+
+def _gigabytes(num_bytes: float) -> str:
+    return f"{math.ceil(num_bytes / 1e8) / 10:g}"
 
 
 def _gb(num_bytes: float) -> str:

@@ -9,8 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from for_ray.index.capacity import bits_of
-from for_ray.index.plan import IndexPlan, plan_index
+from for_ray.index.plan import DEFAULT_MEMORY_BYTES, IndexPlan, bits_of, plan_index
 from for_ray.schema import Codec, Segment, Snapshot
 
 GROWTH_OF_LISTS = 4
@@ -60,12 +59,16 @@ def why_retrain(
     return None
 
 
-def why_retrain_snapshot(snapshot: Snapshot, *, wanted: str | None, floor: float) -> str | None:
+def why_retrain_snapshot(
+    snapshot: Snapshot, *, wanted: str | None, floor: float, memory_bytes: int = DEFAULT_MEMORY_BYTES
+) -> str | None:
     """The same of a snapshot as it is; None where it has no vectors. Reads nothing."""
     codec = snapshot.codec
     if codec is None or not snapshot.num_vectors:
         return None
-    plan = plan_index(snapshot.num_vectors, codec.dim, codec=wanted, target_recall=floor)
+    plan = plan_index(
+        snapshot.num_vectors, codec.dim, codec=wanted, target_recall=floor, memory_bytes=memory_bytes
+    )
     recall = snapshot.recall_at_50
     return why_retrain(codec, plan, snapshot.segments, wanted=wanted, recall=recall, floor=floor)
 

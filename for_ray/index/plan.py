@@ -152,6 +152,12 @@ def bits_for(target_recall: float) -> int:
     return next((bits for bits, recall in RECALL_BY_BITS.items() if recall >= least), max(RECALL_BY_BITS))
 
 
+def bits_of(factory: str) -> int:
+    """RaBitQ's bits a dimension of a factory string; 0 for other codes."""
+    found = re.search(r",RaBitQ(\d*)$", factory)
+    return int(found[1] or 1) if found else 0
+
+
 def _default_codec(num_vectors: int, dim: int, *, target_recall: float) -> str:
     if num_vectors < FLAT_BELOW:
         return "IVF,Flat"

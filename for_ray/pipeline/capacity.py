@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from for_ray.config import IndexSettings
 from for_ray.index.capacity import Capacity, Nodes, plan_capacity
+from for_ray.index.plan import DEFAULT_MEMORY_BYTES
 from for_ray.index.snapshots import list_snapshots
 from for_ray.model.bundle import check_indexable, open_bundle
 from for_ray.schema import Layout
@@ -18,6 +19,11 @@ GIGABYTE, ONE_BILLION = 1_000_000_000, 1_000_000_000
 def nodes_of(settings: IndexSettings) -> Nodes:
     """The machines that the settings plan for."""
     return Nodes(int(settings.plan_node_memory * GIGABYTE), settings.plan_node_cpus, settings.plan_nodes)
+
+
+def task_bytes(settings: IndexSettings) -> int:
+    """Memory of a task that trains, builds or merges."""
+    return DEFAULT_MEMORY_BYTES if settings.task_memory is None else int(settings.task_memory * GIGABYTE)
 
 
 def plans_of(
@@ -44,6 +50,7 @@ def plans_of(
             nodes=nodes_of(settings),
             codec=codec,
             target_recall=settings.target_recall,
+            task_memory_bytes=task_bytes(settings),
         )
         for name, num_vectors in sizes.items()
     }
@@ -76,6 +83,7 @@ def run_plan(settings: IndexSettings) -> Capacity:
         nodes=nodes_of(settings),
         codec=None if settings.codec == "auto" else settings.codec,
         target_recall=settings.target_recall,
+        task_memory_bytes=task_bytes(settings),
     )
 
 

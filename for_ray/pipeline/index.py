@@ -23,7 +23,7 @@ from for_ray.index.capacity import Capacity
 from for_ray.index.growth import codec_kind, why_retrain_snapshot
 from for_ray.index.plan import plan_index
 from for_ray.model.bundle import Bundle, check_indexable, open_bundle
-from for_ray.pipeline.capacity import plans_of
+from for_ray.pipeline.capacity import plans_of, task_bytes
 from for_ray.pipeline.index_report import Findings, report_run
 from for_ray.pipeline.index_write import IndexWriter
 from for_ray.pipeline.upkeep import sweep_idle
@@ -132,7 +132,7 @@ class _Run:
             return self._unchanged(listing, gap)
         check_writable(self.layout.index_uri)
         with contextlib.ExitStack() as stack:
-            cluster = Cluster(stack)
+            cluster = Cluster(stack, task_memory_bytes=task_bytes(self.settings))
             if gap.num_to_encode:
                 with self.progress.stage("start"):  # a cluster that does not answer ends the run here
                     _ = cluster.resources
@@ -234,7 +234,12 @@ class _Run:
         return codec_kind(self._codec) == codec_kind(base.codec.factory)
 
     def _drift(self, base: Snapshot) -> str | None:
-        return why_retrain_snapshot(base, wanted=self._codec, floor=self.settings.target_recall)
+        return why_retrain_snapshot(
+            base,
+            wanted=self._codec,
+            floor=self.settings.target_recall,
+            memory_bytes=task_bytes(self.settings),
+        )
 
     def _unchanged(self, listing: Listing, gap: Gap) -> IndexSummary:
         stays = self.base.snapshot_id if self.base else 0

@@ -19,7 +19,7 @@ from for_ray.errors import StageError
 from for_ray.index.changes import GoneImages, find_gone
 from for_ray.index.codec import codec_record, codec_to_bytes, train_codec
 from for_ray.index.growth import list_imbalance, why_retrain
-from for_ray.index.plan import IndexPlan, plan_index
+from for_ray.index.plan import DEFAULT_MEMORY_BYTES, IndexPlan, plan_index
 from for_ray.index.segment import build_segment
 from for_ray.index.table import Held, count_held, read_vectors, require_table, take_vectors
 from for_ray.schema import Codec, Segment, Snapshot
@@ -48,6 +48,7 @@ def update_segments(
     cluster: Cluster,
     wanted: str | None,
     floor: float,
+    memory_bytes: int = DEFAULT_MEMORY_BYTES,
     on_progress: Callable[[int], None],
 ) -> Built:
     """Build what the last snapshot's segments lack; all of them where its codec does not do any more.
@@ -61,6 +62,7 @@ def update_segments(
         cluster: Where the tasks run; left alone when there is nothing to build.
         wanted: The codec that the user asked for.
         floor: The recall that is enough.
+        memory_bytes: What a task may hold, for the plan: lists and segments follow from it.
         on_progress: Called with the number of segments that are done.
 
     Raises:
@@ -72,7 +74,7 @@ def update_segments(
     codec, segments, deleted = _carry_over(job, images, base) if base else _nothing()
     added = count_held(images, max((segment.end_image_id for segment in segments), default=0))
     num_vectors = _num_live(segments) + added.num_vectors
-    plan = plan_index(num_vectors, dim, codec=wanted, target_recall=floor)
+    plan = plan_index(num_vectors, dim, codec=wanted, target_recall=floor, memory_bytes=memory_bytes)
     if not plan.num_vectors:
         return Built(*_nothing(codec), 0, 1, is_new=False, vectors_per_segment=plan.vectors_per_segment)
     recall, reason = base.recall_at_50 if base else None, None

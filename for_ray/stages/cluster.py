@@ -51,10 +51,11 @@ class Cluster:
 
     Args:
         stack: Leaves the cluster when it is closed.
+        task_memory_bytes: What a task that trains, builds or merges may reserve.
     """
 
-    def __init__(self, stack: ExitStack) -> None:
-        self._stack = stack
+    def __init__(self, stack: ExitStack, *, task_memory_bytes: int = DEFAULT_MEMORY_BYTES) -> None:
+        self._stack, self._task_memory_bytes = stack, task_memory_bytes
         if "ray" not in sys.modules:
             # The C++ part of every driver that has actors logs an "error" to stderr that is none (ray 2.60:
             # "Actor … has constructor arguments in the object store"), into the middle of the progress.
@@ -79,13 +80,13 @@ class Cluster:
 
     @property
     def task_memory_bytes(self) -> int:
-        """Memory that a task may reserve and use: the plan's, or half of a node's where nodes are small.
+        """Memory that a task may reserve and use: the setting's, or half of a node's where that is less.
 
         One byte where no node works yet: what no node that comes has would be waited for in vain.
         """
         _ = self.resources
         memory = [node["Resources"].get("memory", 0) for node in _workers()]
-        return max(1, min(DEFAULT_MEMORY_BYTES, int(max(memory, default=0)) // 2))
+        return max(1, min(self._task_memory_bytes, int(max(memory, default=0)) // 2))
 
     @property
     def task_gpus(self) -> int:

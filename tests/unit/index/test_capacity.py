@@ -17,10 +17,9 @@ from for_ray.index.capacity import (
     TABLE_CACHE_BYTES,
     Capacity,
     Nodes,
-    bits_of,
     plan_capacity,
 )
-from for_ray.index.plan import RECALL_BY_BITS, bits_for, plan_index
+from for_ray.index.plan import RECALL_BY_BITS, bits_for, bits_of, plan_index
 from for_ray.schema import MAX_SLOTS, image_ids_of
 
 GB = 10**9
@@ -148,8 +147,11 @@ def test_what_does_not_fit_says_what_to_change():
 def test_a_task_that_trains_too_few_lists_is_told():
     found = capacity_of(10**9, 1024)
     assert found.plan.nlist == 4096
-    assert "trains 4,096 lists, the vectors want 65,536: a list is 16 times as long" in found.advice[-1]
-    enough = capacity_of(10**9, 1024, nodes=Nodes(512 * GB, 16), task_memory_bytes=16 * 4 << 30)
+    line = found.advice[-1]
+    assert (
+        "trains 4,096 lists, the vectors want 65,536: a list is 16 times as long; --task-memory 68.8 " in line
+    )
+    enough = capacity_of(10**9, 1024, nodes=Nodes(512 * GB, 16), task_memory_bytes=int(68.8 * GB))
     assert enough.plan.nlist == 65_536
     assert enough.advice == ()
 
