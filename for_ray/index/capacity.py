@@ -6,7 +6,6 @@ Pure arithmetic like `plan`; what a core does in a second stands in `rates`.
 from __future__ import annotations
 
 import math
-import re
 from typing import NamedTuple
 
 from pydantic import BaseModel, ConfigDict
@@ -23,16 +22,13 @@ from for_ray.index.plan import (
 )
 from for_ray.index.rates import (
     BOX_BYTES,
-    COARSE_SECONDS_PER_VALUE,
-    CODE_SECONDS_PER_VALUE,
-    HNSW_SEARCH,
-    HNSW_SECONDS_PER_VALUE,
     KMEANS_FLOP_PER_SECOND,
     KMEANS_ROUNDS,
     MERGE_SECONDS_PER_BYTE,
-    READ_SECONDS_PER_VALUE,
     SCAN_SECONDS_PER_VALUE,
     TABLE_BYTES_PER_IMAGE,
+    coarse_seconds,
+    seconds_per_vector,
 )
 from for_ray.schema import MAX_SLOTS
 
@@ -53,8 +49,6 @@ MOST_TASK_CPUS = 4
 
 MAX_IMAGES = 1 << 55
 """A vector id is 63 bits, eight of them the slot: `schema.pack_vector_ids`."""
-
-HNSW_LINK = re.compile(r"IVF\d+_HNSW")
 
 
 class Nodes(NamedTuple):
@@ -80,16 +74,16 @@ class Capacity(BaseModel):
         segments_per_shard: Of the fullest shard.
         shard_bytes: Memory of the fullest shard: its segments resident, the table's cache, the process.
         node_memory_bytes: Of each node; likewise `node_cpus`.
-        nodes_needed: So that each shard has a node of its own.
-        nodes: Given, else those needed.
+        nodes: Given, else one a shard.
         replicas: Whole copies that these nodes serve; 0 where not even one fits.
         expected_recall: At 50, of the code after the exact re-rank, all lists looked at; None where it was
             not measured.
         vectors_per_query: Codes that one query is compared with, over all shards, at the first `nprobe`.
         query_seconds: On one core of each shard, without the way there and the exact re-rank.
         train_hours: In one task, on the CPU.
-        build_hours: Of the segments, by the cores that all nodes have for it; None where the code's rate was
-            not measured. `merge_hours` are for rewriting each segment once.
+        build_cores: Of all nodes, those that build at once: as many tasks as have memory and a segment each.
+        build_hours: By these; None where the code's rate was not measured. `merge_hours` are for rewriting
+            each segment once.
         advice: What does not fit and what to change, or what holds the index back; a line each.
     """
 
@@ -107,13 +101,13 @@ class Capacity(BaseModel):
     shard_bytes: int
     node_memory_bytes: int
     node_cpus: int
-    nodes_needed: int
     nodes: int
     replicas: int
     expected_recall: float | None
     vectors_per_query: int
     query_seconds: float
     train_hours: float
+    build_cores: int
     build_hours: float | None
     merge_hours: float
     advice: tuple[str, ...]
@@ -169,7 +163,7 @@ def plan_capacity(
     shards = _spread(plan, nodes)
     num_nodes = nodes.num or shards.num
     table_bytes = num_vectors * (2 * dim + BOX_BYTES) + num_images * TABLE_BYTES_PER_IMAGE
-    train, build, merge = _hours(plan, nodes, num_nodes, task_memory_bytes)
+    work = _work(plan, nodes, num_nodes, task_memory_bytes)
     return Capacity(
         plan=plan,
         num_images=num_images,
@@ -183,15 +177,15 @@ def plan_capacity(
         shard_bytes=shards.num_bytes,
         node_memory_bytes=nodes.memory_bytes,
         node_cpus=nodes.cpus,
-        nodes_needed=shards.num,
         nodes=num_nodes,
         replicas=num_nodes // shards.num,
         expected_recall=_recall(plan.factory),
         vectors_per_query=math.ceil(num_vectors * plan.nprobe / plan.nlist),
         query_seconds=_query_seconds(plan, shards),
-        train_hours=train,
-        build_hours=build,
-        merge_hours=merge,
+        train_hours=work.train,
+        build_cores=work.build_cores,
+        build_hours=work.build,
+        merge_hours=work.merge,
         advice=tuple(_advice(plan, shards, nodes, task_memory_bytes)),
     )
 
@@ -225,44 +219,34 @@ def _spread(plan: IndexPlan, nodes: Nodes) -> _Shards:
 
 def _query_seconds(plan: IndexPlan, shards: _Shards) -> float:
     """Each segment of the shard finds its lists anew, and scans them."""
-    if HNSW_LINK.search(plan.factory):
-        coarse = HNSW_SECONDS_PER_VALUE * plan.dim * max(1.0, 2 * plan.nprobe / HNSW_SEARCH)
-    else:
-        coarse = COARSE_SECONDS_PER_VALUE * plan.dim * plan.nlist
     num_vectors = min(plan.num_vectors, shards.num_segments * plan.vectors_per_segment)
     scanned = num_vectors * plan.nprobe / plan.nlist
-    return shards.num_segments * coarse + scanned * plan.dim * SCAN_SECONDS_PER_VALUE
+    return shards.num_segments * coarse_seconds(plan) + scanned * plan.dim * SCAN_SECONDS_PER_VALUE
 
 
-def _hours(
-    plan: IndexPlan, nodes: Nodes, num_nodes: int, task_memory_bytes: int
-) -> tuple[float, float | None, float]:
-    """To train, to build, and to rewrite each segment once."""
+class _Work(NamedTuple):
+    """Hours to train, to build, and to rewrite each segment once; cores of all nodes that build at once."""
+
+    train: float
+    build: float | None
+    merge: float
+    build_cores: int
+
+
+def _work(plan: IndexPlan, nodes: Nodes, num_nodes: int, task_memory_bytes: int) -> _Work:
     task_cpus = min(MOST_TASK_CPUS, nodes.cpus)
     by_memory = max(1, int(TASK_SHARE * nodes.memory_bytes // task_memory_bytes))
-    builders = num_nodes * min(nodes.cpus // task_cpus, by_memory) * task_cpus
-    mergers = num_nodes * min(nodes.cpus, by_memory)
+    builders = min(num_nodes * min(nodes.cpus // task_cpus, by_memory), max(1, plan.num_segments))
+    mergers = min(num_nodes * min(nodes.cpus, by_memory), max(1, plan.num_segments))
     rounds = 2.0 * plan.training_vectors * plan.nlist * plan.dim * KMEANS_ROUNDS
-    per_vector = _seconds_per_vector(plan)
-    return (
-        rounds / (KMEANS_FLOP_PER_SECOND * task_cpus) / 3600,
-        None if per_vector is None else plan.num_vectors * per_vector / builders / 3600,
-        plan.bytes_on_store * MERGE_SECONDS_PER_BYTE / mergers / 3600,
+    per_vector = seconds_per_vector(plan)
+    in_turn = math.ceil(plan.num_segments / builders) * min(plan.num_vectors, plan.vectors_per_segment)
+    return _Work(
+        train=rounds / (KMEANS_FLOP_PER_SECOND * task_cpus) / 3600,
+        build=None if per_vector is None else in_turn * per_vector / task_cpus / 3600,
+        merge=plan.bytes_on_store * MERGE_SECONDS_PER_BYTE / mergers / 3600,
+        build_cores=builders * task_cpus,
     )
-
-
-def _seconds_per_vector(plan: IndexPlan) -> float | None:
-    """Of one core, to read a vector, find its list and encode it."""
-    code = 0.0 if plan.factory.endswith(",Flat") else CODE_SECONDS_PER_VALUE.get(bits_of(plan.factory))
-    if code is None:
-        return None
-    per_value = READ_SECONDS_PER_VALUE + code
-    per_value += 2 * plan.dim / KMEANS_FLOP_PER_SECOND if plan.factory.startswith("RR") else 0.0
-    if HNSW_LINK.search(plan.factory):
-        per_value += HNSW_SECONDS_PER_VALUE
-    else:
-        per_value += 2 * plan.nlist / KMEANS_FLOP_PER_SECOND
-    return plan.dim * per_value
 
 
 def _recall(factory: str) -> float | None:
@@ -285,11 +269,17 @@ def _advice(plan: IndexPlan, shards: _Shards, nodes: Nodes, task_memory_bytes: i
             f"a task of {_gb(task_memory_bytes)} trains {plan.nlist:,} lists, the vectors want {wanted:,}: a "
             f"list is {wanted / plan.nlist:.0f} times as long; --task-memory {_gigabytes(enough)} trains all"
         )
+    room = int(TASK_SHARE * nodes.memory_bytes // task_memory_bytes)
+    if plan.num_segments > room and 2 * MOST_TASK_CPUS * room < nodes.cpus:
+        lines.append(
+            f"a node has memory for {room:,} tasks of {_gb(task_memory_bytes)}, so that "
+            f"{MOST_TASK_CPUS * room:,} of its {nodes.cpus:,} cores build; give the nodes more memory a core"
+        )
     return lines
 
 
 def _fewer_bits(plan: IndexPlan) -> str:
-    fewer = max((bits for bits in CODE_SECONDS_PER_VALUE if bits < bits_of(plan.factory)), default=1)
+    fewer = max((bits for bits in RECALL_BY_BITS if bits < bits_of(plan.factory)), default=1)
     return f"{plan.factory.split(',')[0]},IVF,RaBitQ{fewer}"
 
 

@@ -4,6 +4,10 @@ All by `benchmarks/plan_rates.py`, which prints them beside what it measures: on
 AVX-512, faiss 1.15.1. Another machine takes these times its own ratio.
 """
 
+from __future__ import annotations
+
+from for_ray.index.plan import IndexPlan, bits_of
+
 KMEANS_FLOP_PER_SECOND = 1.1e11
 """2 · vectors · lists · D for each round of k-means, and for finding a vector's list by a flat quantizer."""
 
@@ -36,3 +40,25 @@ BOX_BYTES = 4
 
 TABLE_BYTES_PER_IMAGE = 43
 """Uri, etag, sizes, time and offsets, as Lance compresses them."""
+
+
+def seconds_per_vector(plan: IndexPlan) -> float | None:
+    """Of one core, to read a vector, find its list and encode it; None where the code was not measured."""
+    code = 0.0 if plan.factory.endswith(",Flat") else CODE_SECONDS_PER_VALUE.get(bits_of(plan.factory))
+    if code is None:
+        return None
+    rotation = 2 * plan.dim / KMEANS_FLOP_PER_SECOND if plan.factory.startswith("RR") else 0.0
+    lists = HNSW_SECONDS_PER_VALUE if has_graph(plan) else 2 * plan.nlist / KMEANS_FLOP_PER_SECOND
+    return plan.dim * (READ_SECONDS_PER_VALUE + rotation + lists + code)
+
+
+def coarse_seconds(plan: IndexPlan) -> float:
+    """Of one core, to find the lists of a query in one segment."""
+    if has_graph(plan):
+        return HNSW_SECONDS_PER_VALUE * plan.dim * max(1.0, 2 * plan.nprobe / HNSW_SEARCH)
+    return COARSE_SECONDS_PER_VALUE * plan.dim * plan.nlist
+
+
+def has_graph(plan: IndexPlan) -> bool:
+    """Whether lists are found by HNSW."""
+    return "_HNSW" in plan.factory

@@ -60,9 +60,9 @@ _PARTS: tuple[tuple[str, tuple[_Row, ...]], ...] = (
                 "in a segment: code, and 8 of the id",
             ),
             _Row(
-                "expected recall@50",
+                "recall@50 of the code",
                 lambda each: _recall(each),
-                "of the code after the exact re-rank, all lists looked at",
+                "re-ranked, all lists looked at; measured on 200,000 vectors",
             ),
         ),
     ),
@@ -109,15 +109,16 @@ _PARTS: tuple[tuple[str, tuple[_Row, ...]], ...] = (
                 lambda each: _hours(each.train_hours),
                 f"one task of {MOST_TASK_CPUS} cores at most, {KMEANS_ROUNDS} rounds of k-means",
             ),
+            _Row("cores that build", lambda each: f"{each.build_cores:,}", "of all nodes, by tasks' memory"),
             _Row(
                 "to build",
                 lambda each: _hours(each.build_hours),
-                "read, find the list, encode; all nodes; without encoding the images",
+                "read, find the list, encode; without encoding the images",
             ),
             _Row(
                 "to merge once",
                 lambda each: _hours(each.merge_hours),
-                "each segment rewritten once; all nodes",
+                "each segment rewritten once",
             ),
         ),
     ),
@@ -133,8 +134,7 @@ _PARTS: tuple[tuple[str, tuple[_Row, ...]], ...] = (
                 lambda each: shown_bytes(each.shard_bytes),
                 f"its segments, and {shown_bytes(TABLE_CACHE_BYTES + PROCESS_BYTES)} of process and caches",
             ),
-            _Row("nodes needed", lambda each: f"{each.nodes_needed:,}", "for one copy of the index"),
-            _Row("nodes", lambda each: f"{each.nodes:,}", "as given, else as needed"),
+            _Row("nodes", lambda each: f"{each.nodes:,}", "as given, else one a shard"),
             _Row(
                 "copies served",
                 lambda each: f"{each.replicas:,}" if each.fits else "0: does not fit",
@@ -208,7 +208,7 @@ def _plan_table(capacities: Mapping[str, Capacity]) -> Any:
 
 def _recall(capacity: Capacity) -> str:
     recall = capacity.expected_recall
-    return "not measured" if recall is None else f"{recall:.3f}"
+    return "not measured" if recall is None else f"{recall:.4g}"
 
 
 def _hours(hours: float | None) -> str:

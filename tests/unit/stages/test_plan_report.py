@@ -72,7 +72,7 @@ def test_two_plans_stand_beside_each_other_each_with_its_advice():
 
 def test_a_code_that_was_not_measured_says_so():
     rows = rows_of(printed(capacity_of(10**6, codec="IVF,SQ8")))
-    assert rows["expected recall@50"][0] == "not measured"
+    assert rows["recall@50 of the code"][0] == "not measured"
     assert rows["to build"][0] == "not measured"
 
 
