@@ -342,7 +342,8 @@ def test_versions_that_no_snapshot_names_are_swept(run, index, images):
 def test_a_dry_run_writes_nothing(run, images):
     summary = run(dry_run=True)
     assert (summary.listed, summary.new, summary.indexed, summary.snapshot) == (63, 63, 0, None)
-    assert summary.plan.num_vectors == 63 * 4
+    assert summary.plans["now"].plan.num_vectors == 63 * 4
+    assert summary.plans["10⁹ vectors"].num_images == 250_000_000
     assert not (run.home / "index").exists()
 
 
