@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -109,7 +109,7 @@ def search_clauses(
         return judge.matches(is_exhaustive=True, is_proven=True)
     wanted, nprobe = max(4 * k, k + 100), segments.nprobe
     fetch = HITS_PER_IMAGE * wanted
-    filters = {"exclude_image_ids": exclude_image_ids}
+    filters: dict[str, Any] = {"exclude_image_ids": exclude_image_ids}
     if only_image_ids is not None:
         filters["only_image_ids"] = only_image_ids
     while True:

@@ -27,7 +27,7 @@ def fold_images(found: ImageVectors, order: NDArray[np.int64], *, threshold: flo
     """
     position = {int(image_id): row for row, image_id in enumerate(found[0])}
     vectors = [_vectors(found, position.get(int(image_id))) for image_id in order]
-    means = np.array([_mean(each) for each in vectors]).reshape(len(order), -1)
+    means = np.array([_mean(each) for each in vectors])
     leaders = np.arange(len(order))
     for place in range(1, len(order)):
         kept = np.flatnonzero(leaders[:place] == np.arange(place))

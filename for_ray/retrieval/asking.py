@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from for_ray.errors import ConfigError
 from for_ray.index.conjunction import ImageObjects, assign_slots, search_clauses
 from for_ray.index.folding import fold_images
-from for_ray.index.search import SegmentSet, search_images
+from for_ray.index.search import RankedImages, SegmentSet, search_images
 from for_ray.index.similar import search_similar
 from for_ray.retrieval.paging import PageEnd, depths, is_behind
 from for_ray.retrieval.question import MAX_HITS, Answer, Found, Hit, Query, Question
@@ -79,24 +79,30 @@ class Search:
         return self._answer(ranking, leaders, shown)
 
     def _rank(self, depth: int) -> Ranking:
-        filters = {"exclude_image_ids": self.snapshot.deleted_image_ids}
-        if self.only is not None:
-            filters["only_image_ids"] = self.only
-        terms, clauses = self.query.terms, self.query.clauses
-        if self.query.is_one_vector or not clauses:
-            if self.query.is_one_vector:
-                found = search_images(self.segments, terms[0], depth, exact=self._vectors, **filters)
-            else:
-                found = search_similar(self.segments, terms, depth, exact=self._vectors, **filters)
-            is_proven = found.is_exhaustive or self.query.is_one_vector
-            nearest = np.zeros(len(found.image_ids), np.int64)
-            flags = (found.is_complete, found.is_exhaustive, is_proven, found.num_candidates)
-            return Ranking(found.image_ids, found.scores, nearest, *flags)
-        limits = self._limits_of_unwanted()
+        if self.query.is_one_vector and self.only is None:
+            found = search_images(
+                self.segments, self.query.terms[0], depth, exact=self._vectors, **self._allowed()
+            )
+            return _ranking(found, is_proven=True)
+        if not self.query.is_one_vector and not self.query.clauses:
+            found = search_similar(
+                self.segments, self.query.terms, depth, exact=self._vectors, **self._allowed()
+            )
+            return _ranking(found, is_proven=found.is_exhaustive)
         matches = search_clauses(
-            self.segments, terms, clauses, depth, objects=self._objects, limits=limits, **filters
+            self.segments,
+            self.query.terms,
+            self.query.clauses or (((0,), ()),),
+            depth,
+            objects=self._objects,
+            limits=self._limits_of_unwanted(),
+            **self._allowed(),
         )
         return Ranking(*matches)
+
+    def _allowed(self) -> dict[str, Any]:
+        allowed = {"exclude_image_ids": self.snapshot.deleted_image_ids}
+        return allowed if self.only is None else {**allowed, "only_image_ids": self.only}
 
     def _limits_of_unwanted(self) -> NDArray[np.float64]:
         terms = self.query.terms
@@ -196,7 +202,7 @@ class Search:
     def _reason(self, ranking: Ranking, num_hits: int) -> str:
         """Why there are no more hits."""
         snapshot, filters = f"snapshot {self.snapshot.snapshot_id}", self.question.filters
-        needed = self.query.fewest_objects
+        needed, counted = self.query.fewest_objects, f"{num_hits:,} image{'s' * (num_hits != 1)}"
         if not self.snapshot.indexed:
             return f"{snapshot} of the index holds no images"
         if self.only is not None and not len(self.only):
@@ -205,14 +211,20 @@ class Search:
             return f"{needed} objects are asked for, and the index has {self.num_slots} vectors an image"
         lowest = self.question.min_score
         if lowest is not None and (ranking.scores < lowest).any():
-            return f"{num_hits:,} images: no others score {lowest:g} or more; {_nearest(ranking, lowest)}"
-        reason = f"{num_hits:,} images: this snapshot of the index holds no more"
+            return f"{counted}: no others score {lowest:g} or more; {_nearest(ranking, lowest)}"
+        reason = f"{counted}: this snapshot of the index holds no more"
         reason += f" that pass the filter: {filters}" if filters else ""
         if any(unwanted for _, unwanted in self.query.clauses):
             reason += "; the others show what NOT rules out, or too few objects"
         elif needed > 1:
             reason += " with so many objects"
         return reason
+
+
+def _ranking(found: RankedImages, *, is_proven: bool) -> Ranking:
+    clauses = np.zeros(len(found.image_ids), np.int64)
+    flags = (found.is_complete, found.is_exhaustive, is_proven, found.num_candidates)
+    return Ranking(found.image_ids, found.scores, clauses, *flags)
 
 
 def _nothing() -> Ranking:

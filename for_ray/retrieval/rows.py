@@ -51,4 +51,4 @@ def sample_vectors(images: Any) -> ImageVectors:
         num_rows = images.count_rows()
         drawn = np.random.default_rng(0).choice(num_rows, min(SAMPLE_IMAGES, num_rows), replace=False)
         rows = images.take(np.sort(drawn).tolist(), columns=["vectors"])
-    return unpack_vectors(pa.array(np.sort(drawn)), rows["vectors"])
+    return unpack_vectors(pa.chunked_array([np.sort(drawn)]), rows["vectors"])

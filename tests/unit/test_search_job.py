@@ -98,6 +98,74 @@ def test_json_is_a_list_of_hits(run: Callable[..., Finished], index: PlantedInde
     assert run("--index", index.uri, "a red car", "--top", 3, "--json").out == finished.out
 
 
+def test_pages_follow_each_other(run: Callable[..., Finished], index: PlantedIndex) -> None:
+    whole = json.loads(run("--index", index.uri, "a red car OR a dog", "--json").out)
+    first = run("--index", index.uri, "a red car OR a dog", "--json", "--top", 3)
+    assert first.err.startswith("more: --page ")
+    index.publish(nprobe=1)  # the page stays with the snapshot that it began in
+    token = first.err.split()[-1]
+    second = run("--index", index.uri, "a red car OR a dog", "--json", "--top", 3, "--page", token)
+    assert json.loads(first.out) + json.loads(second.out) == whole
+    assert second.err == "2 images: this snapshot of the index holds no more\n"
+
+
+def test_several_names_have_a_column_each(run: Callable[..., Finished], index: PlantedIndex) -> None:
+    hits = retrieval.open_index(index.uri).search("a red car AND a dog", k=2)
+    finished = run("--index", index.uri, "a red car AND a dog", "--top", 2)
+    lines = finished.out.rstrip("\n").split("\n")
+    assert " ".join(lines[0].split()) == "rank score uri a red car: x0 y0 x1 y1 a dog: x0 y0 x1 y1"
+    for line, hit in zip(lines[1:], hits, strict=True):
+        assert len(hit.found) == 2
+        for found in hit.found:
+            assert f"{found.score:.4f} " + " ".join(f"{side:.2f}" for side in found.box) in line
+
+
+def test_question_that_does_not_parse_gets_a_caret(run: Callable[..., Finished], index: PlantedIndex) -> None:
+    finished = run("--index", index.uri, "a dog AND")
+    assert (finished.code, finished.out) == (2, "")
+    assert finished.err == (
+        "error: the question doesn't parse: expected a name after AND, found the end\n"
+        "  a dog AND\n"
+        "           ^\n"
+    )
+
+
+def test_filters_regions_and_objects(
+    run: Callable[..., Finished], index: PlantedIndex, tmp_path: Path
+) -> None:
+    folder = tmp_path / "images"
+    under = run("--index", index.uri, "a dog", "--json", "--under", f"{folder}/long/")
+    assert [row["uri"] for row in json.loads(under.out)] == [str(folder / NAMES[2])]
+    assert under.err.startswith(
+        "1 image: this snapshot of the index holds no more that pass the filter: under"
+    )
+    glob = run("--index", index.uri, "a dog", "--json", "--glob", "*long*", "--min-score", "-1")
+    assert glob.out == under.out
+    none = run("--index", index.uri, "a dog", "--filter", "size_bytes > 5")
+    assert none.code == 0
+    assert none.err == "no image of snapshot 1 passes the filter: where size_bytes > 5\n"
+    like = json.loads(run("--index", index.uri, "--like", "1:1", "--json", "--top", 1).out)
+    assert [(row["image_id"], row["slot"]) for row in like] == [(1, 1)]
+    example = folder / NAMES[0]
+    region = run("--index", index.uri, "--image", example, "--region", "0,0,0.5,0.5", "--json", "--top", 2)
+    hits = retrieval.open_index(index.uri).ask(
+        retrieval.Question(image=example.read_bytes(), region=(0, 0, 0.5, 0.5), k=2)
+    )
+    assert json.loads(region.out) == [hit.to_json() for hit in hits.hits]
+
+
+def test_folded_images_stand_under_their_hit(
+    run: Callable[..., Finished], planted_index: PlantedIndex
+) -> None:
+    vector = np.eye(1, DIM)
+    planted_index.add([Planted(name, vector) for name in ("/a.jpg", "/b.jpg")] + [Planted("/c.jpg", -vector)])
+    planted_index.publish(nprobe=2)
+    finished = run("--index", planted_index.uri, "a dog", "--fold")
+    assert sorted(line.split()[-1] for line in finished.out.splitlines() if "≈" in line) == ["/b.jpg"]
+    folded = json.loads(run("--index", planted_index.uri, "a dog", "--fold", "--json").out)
+    assert {row["uri"]: row["folded"] for row in folded} == {"/a.jpg": ["/b.jpg"], "/c.jpg": []}
+
+
 def test_more_than_there_is(run: Callable[..., Finished], index: PlantedIndex) -> None:
     finished = run("--index", index.uri, "a red car", "--json", "--top", 10_000)
     assert finished.code == 0
@@ -155,6 +223,17 @@ def test_hits_are_printed_before_the_sheet_fails(
         (["--index", "{index}", "a dog", "--image", "{image}"], ["words", "--image"]),
         (["--index", "{index}", ""], ["empty"]),
         (["--index", "{index}", "  "], ["empty"]),
+        (["--index", "{index}", "x" * 10_000], ["10,000 letters", "1,000"]),
+        (["--index", "{index}", "a dog", "--like", "1:0"], ["words", "--like"]),
+        (["--index", "{index}", "--like", "1:7"], ["slots 0 to 1", "got 7"]),
+        (["--index", "{index}", "--like", "a"], ["IMAGE_ID:SLOT"]),
+        (["--index", "{index}", "a dog", "--region", "0,0,1,1"], ["--region", "--image"]),
+        (["--index", "{index}", "--image", "{image}", "--region", "0,0,1"], ["x0,y0,x1,y1", "'0,0,1'"]),
+        (["--index", "{index}", "--image", "{image}", "--region", "0,1,1,0"], ["x0,y0,x1,y1", "'0,1,1,0'"]),
+        (["--index", "{index}", "a dog", "--filter", "kamera = 2"], ["kamera", "columns: uri, etag"]),
+        (["--index", "{index}", "a dog", "--glob", "[a"], ["'[a'", "never closed"]),
+        (["--index", "{index}", "a dog", "--min-score", "2"], ["--min-score", "2"]),
+        (["--index", "{index}", "a dog", "--page", "abc"], ["no token"]),
         (["--index", "{index}", "a dog", "--top", "0"], ["--top", "0"]),
         (["--index", "{index}", "a dog", "--top", "10000000"], ["--top", "10000000", "10000"]),
         (["--index", "{index}", "a dog", "--top", "many"], ["--top", "many"]),
@@ -210,7 +289,16 @@ def test_help_and_wrong_settings_import_nothing_heavy(arguments: list[str]) -> N
     finished = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert finished.returncode == 0, finished.stderr
     if arguments == ["--help"]:
-        for flag in ("--index", "--image", "--top", "--json", "--sheet", "--encoder", "--snapshot"):
+        for flag in (
+            "--index",
+            "--image",
+            "--top",
+            "--json",
+            "--sheet",
+            "--encoder",
+            "--snapshot",
+            "--filter",
+        ):
             assert flag in finished.stdout
 
 
