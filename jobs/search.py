@@ -50,7 +50,7 @@ def _search(settings: SearchSettings) -> None:
         print(answer.reason or f"more: --page {answer.next_page}", file=sys.stderr)
     if settings.sheet:
         title = settings.query or f"like {str(settings.image or settings.like).rsplit('/', 1)[-1]}"
-        index.write_sheet(settings.sheet, answer.hits, title=title, example=example)
+        index.write_sheet(settings.sheet, answer.hits, title=title, names=answer.names, example=example)
         print(f"sheet: {settings.sheet}", file=sys.stderr)
 
 

@@ -1,21 +1,8 @@
 """The grammar of questions: words → what an image must show, and what it must not.
 
-    a dog                           an image with a dog
-    a dog AND a frisbee             both, each by a slot and a box of its own
-    a dog AND a dog                 two dogs: each mention is an object of its own
-    a street NOT a car              a street, and no car; AND NOT says the same
-    a cat OR a dog                  the better of the two counts
-    (a cat OR a dog) AND a ball     parentheses group
-    "salt AND pepper" NOT a spoon   in quotation marks everything is a name
-
-    question = all {"OR" all}
-    all      = part {["AND"] "NOT" part | "AND" part}
-    part     = "NOT" part | "(" question ")" | name
-    name     = words | '"' anything but a quotation mark '"'
-
-AND, OR and NOT are written in capitals: `salt and pepper` is one name. AND and NOT bind more tightly than OR.
-A question is brought into clauses: an image answers it if it answers one of them, and a clause if it shows
-all that is wanted and nothing that is unwanted. A clause must want something.
+It is described in `docs/questions.md`, for those who ask and for those who read this. A question is brought
+into clauses: an image answers it if it answers one of them, and a clause if it shows all that is wanted and
+nothing that is unwanted.
 """
 
 from __future__ import annotations

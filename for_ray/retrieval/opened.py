@@ -141,15 +141,22 @@ class OpenIndex:
         return list(self._answer(question, Query(np.asarray(query, np.float32)[None])).hits)
 
     def write_sheet(
-        self, path: Path, hits: Sequence[Hit], *, title: str, example: bytes | None = None
+        self,
+        path: Path,
+        hits: Sequence[Hit],
+        *,
+        title: str,
+        names: Sequence[str] = (),
+        example: bytes | None = None,
     ) -> None:
         """Write a contact sheet of the first `MAX_TILES` hits, a JPEG file; its folder is made when missing.
 
-        An image that is gone or has changed since it was indexed is a grey tile that says so.
+        An image that is gone or has changed since it was indexed is a grey tile that says so. Names of a
+        question, where there are several, have a colour each.
         """
         about = f"{self.bundle.name}, {self.bundle.config.head} · snapshot {self.snapshot.snapshot_id}"
         whole = f"{self.snapshot.indexed:,} images · {about}"
-        storage.write_bytes(str(path), sheet_of(hits, title=title, whole=whole, example=example))
+        storage.write_bytes(str(path), sheet_of(hits, title=title, whole=whole, names=names, example=example))
 
     def _query(self, question: Question) -> Query:
         if question.text is not None:

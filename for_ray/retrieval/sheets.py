@@ -12,17 +12,27 @@ from for_ray.retrieval.question import Hit
 from for_ray.sheet import MAX_TILES, Tile, draw_sheet
 
 
-def sheet_of(hits: Sequence[Hit], *, title: str, whole: str, example: bytes | None = None) -> bytes:
+def sheet_of(
+    hits: Sequence[Hit],
+    *,
+    title: str,
+    whole: str,
+    names: Sequence[str] = (),
+    example: bytes | None = None,
+) -> bytes:
     """A JPEG file of the first `MAX_TILES` hits; each name of the question has a colour of its own.
 
     Args:
         hits: Best first.
         title: What was asked.
         whole: What the hits are the best of: a number of images, and where.
+        names: Of the question, in its order; those of the hits where they are left out.
         example: The picture that was asked with.
     """
-    names = list(dict.fromkeys(found.name for hit in hits for found in hit.found if found.name))
-    legend = names if len(names) > 1 else []
+    found_names = (found.name for hit in hits for found in hit.found if found.name)
+    legend = list(dict.fromkeys([*names, *found_names]))
+    if len(legend) < 2:
+        legend = []
     with ThreadPoolExecutor(16) as readers:
         tiles = list(readers.map(lambda hit: _tile(hit, legend), hits[:MAX_TILES]))
     subtitle = f"the best {len(tiles)} of {whole}"

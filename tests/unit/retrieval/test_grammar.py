@@ -2,6 +2,8 @@
 
 import itertools
 import pickle
+import re
+from pathlib import Path
 
 import pytest
 from hypothesis import event, given
@@ -132,3 +134,17 @@ def _as_python(question: str) -> str:
         elif token.kind != "end":
             parts.append(token.kind.lower())
     return " ".join(parts)
+
+
+def test_the_page_shows_what_parses() -> None:
+    page = (Path(__file__).resolve().parents[3] / "docs" / "questions.md").read_text("utf-8")
+    [block] = re.findall(r"^```text\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    questions = [re.split(r" {2,}", line)[0] for line in block.splitlines()]
+    assert len(questions) == 8
+    assert [len(parse(question).clauses) for question in questions] == [1, 1, 1, 1, 2, 2, 1, 1]
+    [refused] = re.findall(r"^    error: (.*\n.*\n.*\^)$", page, re.MULTILINE)
+    with pytest.raises(QuestionError) as error:
+        parse("a dog AND")
+    assert str(error.value) == refused.replace("\n    ", "\n")
+    for figure in (grammar.MAX_LETTERS, grammar.MAX_NAMES):
+        assert f"{figure:,} " in page
