@@ -87,7 +87,7 @@ class SearchSettings(Settings):
     @model_validator(mode="after")
     def _asks_one_thing(self) -> SearchSettings:
         if sum(each is not None for each in (self.query, self.image, self.like)) != 1:
-            raise ValueError("give words to look for, or --image FILE, or --like IMAGE_ID:SLOT")
+            raise ValueError("give either words to look for or --image FILE or --like IMAGE_ID:SLOT")
         if self.region is not None and self.image is None:
             raise ValueError("--region is one of a picture: give --image FILE too")
         return self

@@ -26,6 +26,7 @@ from for_ray.retrieval.asking import Search
 from for_ray.retrieval.filters import columns_of, filtered_ids
 from for_ray.retrieval.paging import check_page, read_token
 from for_ray.retrieval.queries import (
+    check_count,
     check_question,
     like_query,
     picture_query,
@@ -136,9 +137,8 @@ class OpenIndex:
 
     def search_vector(self, query: NDArray[np.float32], *, k: int = 50) -> list[Hit]:
         """As `search`, for a unit vector [D] of the index's encoder."""
-        question = Question(text="a vector", k=k)
-        check_question(question)
-        return list(self._answer(question, Query(np.asarray(query, np.float32)[None])).hits)
+        check_count(k)
+        return list(self._answer(Question(k=k), Query(np.asarray(query, np.float32)[None])).hits)
 
     def write_sheet(
         self,

@@ -34,9 +34,7 @@ def check_question(question: Question) -> None:
     asked = [question.text, question.image, question.like]
     if sum(each is not None for each in asked) != 1:
         raise ConfigError("a search takes words, a picture, or an object of the index: give one of them")
-    if not 1 <= question.k <= MAX_HITS:
-        found = f"a search ranks 1 to {MAX_HITS:,} images, got {question.k:,}"
-        raise ConfigError(f"{found}: ask for a number in between")
+    check_count(question.k)
     if question.region is not None:
         _check_region(question)
     for name, value, lowest in (
@@ -48,6 +46,16 @@ def check_question(question: Question) -> None:
             raise ConfigError(f"{name} lies in {lowest:g} to 1, got {value:g}: give a cosine")
     if question.text is not None:
         parse(question.text)
+
+
+def check_count(k: int) -> None:
+    """Whether so many images can be asked for.
+
+    Raises:
+        ConfigError: They can't.
+    """
+    if not 1 <= k <= MAX_HITS:
+        raise ConfigError(f"a search ranks 1 to {MAX_HITS:,} images, got {k:,}: ask for a number in between")
 
 
 def text_query(text: str, encoder: Encoder) -> Query:
