@@ -1,6 +1,6 @@
 """Precision@10 of two-object AND and NOT questions, on the picture book's val split.
 
-    python benchmarks/questions.py [--images 10000] [--queries 60] [--encoder picturebook] [--json]
+    python benchmarks/questions.py [--images 6000] [--queries 60] [--encoder picturebook] [--json]
 
 The images are encoded with the bundle's head and indexed (codec by the plan, one segment, a quarter of the
 lists looked at), and asked through `retrieval`: grammar, index, stored vectors. Beside it stand
@@ -10,7 +10,7 @@ lists looked at), and asked through `retrieval`: grammar, index, stored vectors.
     CLIP, …      min and sum (AND) or difference (NOT) of the cosines with the two names, likewise
     first alone  for NOT: the first name without the rest, on the same index
 
-AND: pairs of categories that ten images or more show together; an image is right where both are annotated.
+AND: the pairs of categories that most images show together; an image is right where both are annotated.
 NOT: the same pairs, both ways round; right where the first is annotated and the second is not. Since few of
 the images with the first show the second, each NOT question has a collection of its own, given as a filter by
 ids: all images with both, as many with the first alone, and ten times as many others.
@@ -30,6 +30,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import torch
 from numpy.typing import NDArray
 
 from for_ray.index import snapshots, table
@@ -70,15 +71,22 @@ class Collection(NamedTuple):
     text: Callable[[list[str]], NDArray[np.float32]]
 
 
-def build(folder: Path, val: ValSplit, encoder: Encoder) -> str:
-    """Encode all images, append them to a table, build one segment, publish; the index's uri."""
+@torch.inference_mode()
+def build(folder: Path, val: ValSplit, encoder: Encoder, whole: Encoder) -> tuple[str, NDArray[np.float32]]:
+    """Encode all images, append them to a table, build one segment, publish.
+
+    Returns:
+        The index's uri, and the vectors of the whole images [B, D]: both heads read the same features.
+    """
     bundle, layout = encoder.bundle, Layout(str(folder))
     bundle.save(layout.bundle_uri(bundle.fingerprint))
     images_uri = layout.images_uri(bundle.fingerprint)
     images = table.create_table(images_uri, images_schema(bundle.dim))
-    start = 0
+    start, clip = 0, []
     for pixels in read_batches(val.paths, encoder):
-        vectors, boxes, keep = (part.cpu().numpy() for part in encoder.encode(pixels))
+        encoded, features = encoder.encode_with_features(pixels)
+        vectors, boxes, keep = (part.numpy() for part in encoded)
+        clip.append(whole.head(features, whole.pooling)[0][:, 0].numpy())
         rows = [
             {
                 "uri": str(path),
@@ -91,7 +99,7 @@ def build(folder: Path, val: ValSplit, encoder: Encoder) -> str:
         written = table.write_fragments(pa.Table.from_pylist(rows, schema=images.schema), images_uri)
         images = table.append(images, written)
         start += len(pixels)
-    return publish(layout, encoder, len(val.paths))
+    return publish(layout, encoder, len(val.paths)), np.concatenate(clip)
 
 
 def publish(layout: Layout, encoder: Encoder, num_images: int) -> str:
@@ -140,11 +148,11 @@ def publish(layout: Layout, encoder: Encoder, num_images: int) -> str:
 
 
 def draw_pairs(val: ValSplit, count: int) -> list[tuple[int, int]]:
-    """Pairs of categories that enough images show together."""
+    """The pairs of categories that most images show together, each in enough of them."""
     shown = val.relevant.astype(np.int32)
     together = shown @ shown.T
     first, second = np.nonzero(np.triu(together, 1) >= LEAST_TOGETHER)
-    chosen = np.random.default_rng(0).permutation(len(first))[:count]
+    chosen = np.argsort(-together[first, second], kind="stable")[:count]
     return [(int(first[each]), int(second[each])) for each in chosen]
 
 
@@ -255,7 +263,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--images", type=int, default=10_000, help="images to draw (default 10000)")
+    parser.add_argument("--images", type=int, default=6000, help="images to draw (default 6000)")
     parser.add_argument("--queries", type=int, default=60, help="pairs of names to ask for (default 60)")
     parser.add_argument("--encoder", default="picturebook", help="a bundle or open_clip:MODEL@PRETRAINED")
     parser.add_argument("--json", action="store_true", help="print one line of JSON instead of the table")
@@ -268,10 +276,8 @@ def main() -> int:
         if not pairs:
             print("questions: no two names are together in ten images: draw more", file=sys.stderr)
             return 2
-        clip = np.concatenate(
-            [whole.encode(pixels).vectors[:, 0].numpy() for pixels in read_batches(val.paths, whole)]
-        )
-        index = open_index(build(Path(folder) / "index", val, encoder))
+        index_uri, clip = build(Path(folder) / "index", val, encoder, whole)
+        index = open_index(index_uri)
         lines = measure(Collection(val, index, clip, index.encoder.embed_text), pairs)
     if options.json:
         found = {"images": options.images, "encoder": options.encoder, "pairs": len(pairs), "results": lines}
