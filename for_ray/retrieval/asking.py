@@ -21,7 +21,8 @@ from for_ray.schema import Snapshot, unpack_boxes
 from for_ray.sheet import Box
 
 MAX_FOLDED = 1024
-"""Images that are compared with each other for folding."""
+"""Hits of a folded question, its pages together; no deeper ranking is tried, since each image of it is compared
+with all that are kept before it."""
 
 
 class Ranking(NamedTuple):
@@ -65,18 +66,25 @@ class Search:
     def answer(self) -> Answer:
         """Rank as deep as the page needs."""
         question, num_before = self.question, self.end.num_shown if self.end else 0
-        if num_before + question.k > MAX_HITS:
-            found = f"the page would reach beyond {MAX_HITS:,} images, all that one question ranks"
-            raise ConfigError(f"{found}: ask for fewer images a page, or filter")
+        deepest = MAX_HITS if question.fold_at is None else MAX_FOLDED
+        if num_before + question.k > deepest:
+            what = "all that one question ranks" if question.fold_at is None else "all that are folded"
+            found = f"the answer would reach beyond {deepest:,} images, {what}"
+            raise ConfigError(f"{found}: ask for fewer images, or filter")
         if self.num_slots < self.query.fewest_objects:
             return self._answer(_nothing(), np.empty(0, np.int64), np.empty(0, np.int64))
         for depth in depths(num_before + question.k):
             ranking = self._rank(depth)
             leaders = self._fold(ranking)
             shown = self._shown(ranking, leaders)
-            if len(shown) > question.k or not ranking.is_full:
+            if len(shown) > question.k or not ranking.is_full or depth >= deepest or self._is_below(ranking):
                 break
         return self._answer(ranking, leaders, shown)
+
+    def _is_below(self, ranking: Ranking) -> bool:
+        """Whether the ranking goes on where no score is high enough."""
+        lowest = self.question.min_score
+        return lowest is not None and float(ranking.scores[-1]) < lowest
 
     def _rank(self, depth: int) -> Ranking:
         if self.query.is_one_vector and self.only is None:
@@ -123,9 +131,6 @@ class Search:
         ids = ranking.image_ids
         if self.question.fold_at is None or not len(ids):
             return np.arange(len(ids))
-        if len(ids) > MAX_FOLDED:
-            found = f"near-duplicates are folded in the first {MAX_FOLDED:,} images"
-            raise ConfigError(f"{found}: ask for fewer images, or don't fold")
         return fold_images(self._vectors(ids), ids, threshold=self.question.fold_at)
 
     def _shown(self, ranking: Ranking, leaders: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -212,6 +217,8 @@ class Search:
         lowest = self.question.min_score
         if lowest is not None and (ranking.scores < lowest).any():
             return f"{counted}: no others score {lowest:g} or more; {_nearest(ranking, lowest)}"
+        if ranking.is_full:
+            return f"{counted}: the first {len(ranking.image_ids):,} fold into no more"
         reason = f"{counted}: this snapshot of the index holds no more"
         reason += f" that pass the filter: {filters}" if filters else ""
         if any(unwanted for _, unwanted in self.query.clauses):

@@ -170,6 +170,15 @@ def test_lowest_score(index: OpenIndex) -> None:
     assert index.ask(Question("a dog AND a cat", min_score=0.9)).hits == ()
 
 
+def test_a_lowest_score_ends_the_search(index: OpenIndex, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    rank = asking.Search._rank
+    monkeypatch.setattr(asking, "depths", lambda wanted: (3, 5, 7, 1000))
+    monkeypatch.setattr(asking.Search, "_rank", lambda self, depth: asked.append(depth) or rank(self, depth))
+    assert len(index.ask(Question("a dog", min_score=0.62)).hits) == 3
+    assert asked == [3, 5]
+
+
 def test_folding(planted_index: PlantedIndex, monkeypatch: pytest.MonkeyPatch) -> None:
     same = np.stack([plant(0.5, 0.1), plant(0.1, 0.5)])
     planted_index.add(
@@ -189,9 +198,13 @@ def test_folding(planted_index: PlantedIndex, monkeypatch: pytest.MonkeyPatch) -
     page = index.ask(Question("a dog", k=1, fold_at=0.98)).next_page
     rest = index.ask(Question("a dog", k=5, fold_at=0.98, page=page))
     assert [hit.uri for hit in rest.hits] == ["/other", "/far"]
-    monkeypatch.setattr(asking, "MAX_FOLDED", 4)
-    with pytest.raises(ConfigError, match="in the first 4 images"):
-        index.ask(Question("a dog", fold_at=0.98))
+    with pytest.raises(ConfigError, match="beyond 1,024 images, all that are folded"):
+        index.ask(Question("a dog", k=1025, fold_at=0.98))
+    monkeypatch.setattr(asking, "MAX_FOLDED", 3)
+    monkeypatch.setattr(asking, "depths", lambda wanted: (wanted + 1, 1000))
+    cut = index.ask(Question("a dog", k=3, fold_at=0.98))
+    assert [hit.uri for hit in cut.hits] == ["/best", "/other"]
+    assert cut.reason == "2 images: the first 4 fold into no more"
 
 
 def test_more_like_an_object(index: OpenIndex) -> None:
