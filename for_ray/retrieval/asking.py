@@ -21,7 +21,7 @@ from for_ray.schema import Snapshot, unpack_boxes
 from for_ray.sheet import Box
 
 MAX_FOLDED = 1024
-"""Hits of a folded question, its pages together; no deeper ranking is tried, since each image of it is compared
+"""Hits of a folded question, its pages together; no deeper ranking is tried: each of its images is compared
 with all that are kept before it."""
 
 
