@@ -1,6 +1,6 @@
 """Precision@10 of two-object AND and NOT questions, on the picture book's val split.
 
-    python benchmarks/questions.py [--images 6000] [--queries 60] [--encoder picturebook] [--json]
+    python benchmarks/questions.py [--images 10000] [--queries 60] [--encoder picturebook] [--json]
 
 The images are encoded with the bundle's head and indexed (codec by the plan, one segment, a quarter of the
 lists looked at), and asked through `retrieval`: grammar, index, stored vectors. Beside it stand
@@ -263,7 +263,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--images", type=int, default=6000, help="images to draw (default 6000)")
+    parser.add_argument("--images", type=int, default=10_000, help="images to draw (default 10000)")
     parser.add_argument("--queries", type=int, default=60, help="pairs of names to ask for (default 60)")
     parser.add_argument("--encoder", default="picturebook", help="a bundle or open_clip:MODEL@PRETRAINED")
     parser.add_argument("--json", action="store_true", help="print one line of JSON instead of the table")
