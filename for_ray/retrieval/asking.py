@@ -207,7 +207,8 @@ class Search:
     def _reason(self, ranking: Ranking, num_hits: int) -> str:
         """Why there are no more hits."""
         snapshot, filters = f"snapshot {self.snapshot.snapshot_id}", self.question.filters
-        needed, counted = self.query.fewest_objects, f"{num_hits:,} image{'s' * (num_hits != 1)}"
+        needed = self.query.fewest_objects
+        counted = "1 image" if num_hits == 1 else f"{num_hits:,} images" if num_hits else "no images"
         if not self.snapshot.indexed:
             return f"{snapshot} of the index holds no images"
         if self.only is not None and not len(self.only):
@@ -216,7 +217,8 @@ class Search:
             return f"{needed} objects are asked for, and the index has {self.num_slots} vectors an image"
         lowest = self.question.min_score
         if lowest is not None and (ranking.scores < lowest).any():
-            return f"{counted}: no others score {lowest:g} or more; {_nearest(ranking, lowest)}"
+            others = "no others score" if num_hits else "none score"
+            return f"{counted}: {others} {lowest:g} or more; {_nearest(ranking, lowest)}"
         if ranking.is_full:
             return f"{counted}: the first {len(ranking.image_ids):,} fold into no more"
         reason = f"{counted}: this snapshot of the index holds no more"
@@ -240,7 +242,7 @@ def _nothing() -> Ranking:
 
 
 def _nearest(ranking: Ranking, lowest: float) -> str:
-    return f"the next best has {float(ranking.scores[ranking.scores < lowest].max()):.4f}"
+    return f"the best of them has {float(ranking.scores[ranking.scores < lowest].max()):.4f}"
 
 
 def _box(box: NDArray[np.uint8]) -> Box:

@@ -33,6 +33,7 @@ def filtered_ids(images: Any, filters: Filters) -> NDArray[np.int64] | None:
     if not filters:
         return None
     ids = None if filters.image_ids is None else np.unique(np.asarray(filters.image_ids, np.int64))
+    ids = None if ids is None else ids[ids >= 0]  # a row id has no sign
     if filters.under is None and filters.glob is None and filters.where is None:
         return ids
     for value in (filters.under, filters.glob, filters.where):

@@ -165,9 +165,11 @@ def test_filters(index: OpenIndex) -> None:
 def test_lowest_score(index: OpenIndex) -> None:
     answer = index.ask(Question("a dog", min_score=0.68))
     assert names(answer) == ["dogs", "both"]
-    assert answer.reason == "2 images: no others score 0.68 or more; the next best has 0.6499"
+    assert answer.reason == "2 images: no others score 0.68 or more; the best of them has 0.6499"
     assert answer.next_page is None
-    assert index.ask(Question("a dog AND a cat", min_score=0.9)).hits == ()
+    nothing = index.ask(Question("a dog AND a cat", min_score=0.9))
+    assert nothing.hits == ()
+    assert nothing.reason == "no images: none score 0.9 or more; the best of them has 0.6001"
 
 
 def test_a_lowest_score_ends_the_search(index: OpenIndex, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -270,7 +272,7 @@ def test_more_objects_than_the_encoder_has_vectors(index: OpenIndex) -> None:
     three = index.ask(Question("a AND b AND c"))
     assert three.hits == ()
     assert three.is_exhaustive
-    assert three.reason == "0 images: this snapshot of the index holds no more with so many objects"
+    assert three.reason == "no images: this snapshot of the index holds no more with so many objects"
 
 
 def test_answer_as_json_says_how_far_it_looked(index: OpenIndex) -> None:

@@ -51,7 +51,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Any:
         (Filters(where="camera = 1 OR camera = 2 -- all"), [0, 1, 2, 3, 5, 6, 7]),
         (Filters(where="camera = 1 OR camera = 2", under="/a/b/"), [0, 1]),
         (Filters(where="camera IS NULL"), [4]),
-        (Filters(image_ids=(7, 3, 3, 99)), [3, 7, 99]),
+        (Filters(image_ids=(7, 3, 3, 99, -1)), [3, 7, 99]),
         (Filters(image_ids=(7, 3, 0), where="camera = 1"), [0, 7]),
         (Filters(image_ids=()), []),
     ],
