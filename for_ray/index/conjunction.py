@@ -14,12 +14,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 
+from for_ray.index.filtered import FilteredSegments
 from for_ray.index.search import CODE_NOISE, HITS_PER_IMAGE, RERANK_AT_ONCE, SegmentSet
 from for_ray.schema import image_ids_of
 
@@ -109,11 +110,10 @@ def search_clauses(
         return judge.matches(is_exhaustive=True, is_proven=True)
     wanted, nprobe = max(4 * k, k + 100), segments.nprobe
     fetch = HITS_PER_IMAGE * wanted
-    filters: dict[str, Any] = {"exclude_image_ids": exclude_image_ids}
     if only_image_ids is not None:
-        filters["only_image_ids"] = only_image_ids
+        segments = FilteredSegments(segments, only_image_ids)
     while True:
-        hits = segments.search(terms[judge.wanted], fetch, nprobe=nprobe, **filters)
+        hits = segments.search(terms[judge.wanted], fetch, exclude_image_ids=exclude_image_ids, nprobe=nprobe)
         is_drained = hits.scores.shape[1] < fetch  # nothing is left in these lists
         judge.score(np.unique(image_ids_of(hits.vector_ids[hits.vector_ids >= 0])))
         if is_drained and nprobe >= segments.nlist:

@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from for_ray.errors import ConfigError
-from for_ray.index.conjunction import ImageObjects, assign_slots, search_clauses
+from for_ray.index.conjunction import FEW_IMAGES, ImageObjects, assign_slots, search_clauses
+from for_ray.index.filtered import FilteredSegments
 from for_ray.index.folding import fold_images
 from for_ray.index.search import RankedImages, SegmentSet, search_images
 from for_ray.index.similar import search_similar
@@ -87,30 +88,32 @@ class Search:
         return lowest is not None and float(ranking.scores[-1]) < lowest
 
     def _rank(self, depth: int) -> Ranking:
-        if self.query.is_one_vector and self.only is None:
+        query, excluded = self.query, self.snapshot.deleted_image_ids
+        if (query.clauses and not query.is_one_vector) or self._has_few:
+            matches = search_clauses(
+                self.segments,
+                query.terms,
+                query.clauses or (((0,), ()),),
+                depth,
+                objects=self._objects,
+                limits=self._limits_of_unwanted(),
+                exclude_image_ids=excluded,
+                only_image_ids=self.only,
+            )
+            return Ranking(*matches)
+        segments = self.segments if self.only is None else FilteredSegments(self.segments, self.only)
+        if query.is_one_vector:
             found = search_images(
-                self.segments, self.query.terms[0], depth, exact=self._vectors, **self._allowed()
+                segments, query.terms[0], depth, exact=self._vectors, exclude_image_ids=excluded
             )
             return _ranking(found, is_proven=True)
-        if not self.query.is_one_vector and not self.query.clauses:
-            found = search_similar(
-                self.segments, self.query.terms, depth, exact=self._vectors, **self._allowed()
-            )
-            return _ranking(found, is_proven=found.is_exhaustive)
-        matches = search_clauses(
-            self.segments,
-            self.query.terms,
-            self.query.clauses or (((0,), ()),),
-            depth,
-            objects=self._objects,
-            limits=self._limits_of_unwanted(),
-            **self._allowed(),
-        )
-        return Ranking(*matches)
+        found = search_similar(segments, query.terms, depth, exact=self._vectors, exclude_image_ids=excluded)
+        return _ranking(found, is_proven=found.is_exhaustive)
 
-    def _allowed(self) -> dict[str, Any]:
-        allowed = {"exclude_image_ids": self.snapshot.deleted_image_ids}
-        return allowed if self.only is None else {**allowed, "only_image_ids": self.only}
+    @property
+    def _has_few(self) -> bool:
+        """Whether one vector is looked for among so few images that all are scored."""
+        return self.query.is_one_vector and self.only is not None and len(self.only) <= FEW_IMAGES
 
     def _limits_of_unwanted(self) -> NDArray[np.float64]:
         terms = self.query.terms

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from for_ray.errors import ConfigError
+from for_ray.index import conjunction
 from for_ray.model.bundle import Bundle
 from for_ray.model.encoder import Encoded
 from for_ray.retrieval import Answer, Filters, OpenIndex, Question, asking, open_index
@@ -160,6 +161,26 @@ def test_filters(index: OpenIndex) -> None:
     assert nothing.hits == ()
     assert nothing.reason == "no image of snapshot 1 passes the filter: where uri = 'x'"
     assert nothing.is_exhaustive
+
+
+@pytest.mark.parametrize("text", ["a dog", "a dog AND a cat", "a dog NOT a cat"])
+def test_a_filter_that_many_pass(index: OpenIndex, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    """The index is searched, and not every image scored: the same answer."""
+    for k in (2, 100):
+        few = index.ask(Question(text, k=k, filters=Filters(image_ids=tuple(range(4, 20)))))
+        monkeypatch.setattr(asking, "FEW_IMAGES", 0)
+        monkeypatch.setattr(conjunction, "FEW_IMAGES", 0)
+        many = index.ask(Question(text, k=k, filters=Filters(image_ids=tuple(range(4, 20)))))
+        monkeypatch.undo()
+        assert many.hits == few.hits
+        assert {hit.image_id for hit in many.hits} <= set(range(4, 20))
+        assert len(many.hits) == min(k, 16)
+
+
+def test_a_picture_with_a_filter(index: OpenIndex) -> None:
+    answer = index.ask(Question(like="0", k=2, filters=Filters(glob="/b/*")))
+    assert sorted(names(answer)) == ["dog", "mixed"]
+    assert index.ask(Question(like="0", filters=Filters(image_ids=()))).hits == ()
 
 
 def test_lowest_score(index: OpenIndex) -> None:
