@@ -222,3 +222,16 @@ def test_a_thumbnail_is_whole_upright_and_small() -> None:
         assert is_colour(np.asarray(small, np.int64), (0, 0, 255)).all()
     with pytest.raises(DataError):
         thumbnail(b"<html>", 80)
+
+
+def test_boxes_of_several_names_have_the_legends_colours() -> None:
+    boxes = ((0, (0.0, 0.0, 0.4, 0.4)), (1, (0.6, 0.6, 1.0, 1.0)), (7, (0.6, 0.0, 1.0, 0.4)))
+    white = encoded(100, 100, (255, 255, 255))
+    names = ["a dog", "a frisbee", *(f"{number} very long names of things" for number in range(6))]
+    sheet = draw_sheet([Tile("a", white, (0, 0, 1, 1), boxes=boxes)], title="several", legend=names)
+    blue = (64, 200, 255)
+    assert extent(is_colour(picture(sheet), YELLOW))[2:] == (97, 97)
+    assert extent(is_colour(picture(sheet), blue))[1:] == (0, 238, 238)
+    for colour in (YELLOW, blue):
+        assert is_colour(pixels(sheet)[60:84], colour).any()
+    assert not is_colour(pixels(draw_sheet([Tile("a", white, boxes=boxes[:1])], title="x")), blue).any()
