@@ -20,15 +20,13 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 
-from for_ray.index.filtered import FilteredSegments
-from for_ray.index.search import CODE_NOISE, HITS_PER_IMAGE, RERANK_AT_ONCE, SegmentSet
+from for_ray.index.probe import Searchable
+from for_ray.index.search import CODE_NOISE, FEW_IMAGES, HITS_PER_IMAGE, RERANK_AT_ONCE, num_candidates
+from for_ray.index.selection import allowed_ids
 from for_ray.schema import image_ids_of
 
 MAX_LOOKED_AT = 5000
 """Images scored for the proof that the rest is worse; for k images as many are scored as it takes."""
-
-FEW_IMAGES = 2000
-"""So many or fewer to choose from are all scored, without the index."""
 
 Clause = tuple[Sequence[int], Sequence[int]]
 """What is wanted (one or more; twice the same asks for two) and what is not; rows of the terms."""
@@ -77,7 +75,7 @@ class Matches(NamedTuple):
 
 
 def search_clauses(
-    segments: SegmentSet,
+    segments: Searchable,
     terms: NDArray[np.floating],
     clauses: Sequence[Clause],
     k: int,
@@ -97,7 +95,8 @@ def search_clauses(
         objects: Gives the stored vectors for the exact scores.
         limits: [t]; an image whose score for an unwanted term is above its limit shows it.
         exclude_image_ids: Sorted; images that are never found.
-        only_image_ids: Sorted; no other images are found.
+        only_image_ids: Sorted and distinct; no other images are found; few of them are all scored, without
+            the index.
 
     Raises:
         ValueError: k is below 1, there is no clause, one wants nothing, or shapes are wrong.
@@ -105,15 +104,15 @@ def search_clauses(
     terms = np.asarray(terms, np.float32)
     _check(terms, clauses, k, limits)
     judge = _Judge(terms, clauses, limits, objects, k)
-    if only_image_ids is not None and len(only_image_ids) <= FEW_IMAGES:
-        judge.score(_without(only_image_ids, exclude_image_ids))
+    wanted, nprobe = num_candidates(k), segments.nprobe
+    allowed = None if only_image_ids is None else allowed_ids(only_image_ids, exclude_image_ids)
+    if allowed is not None and len(allowed) <= max(FEW_IMAGES, wanted):
+        judge.score(allowed)
         return judge.matches(is_exhaustive=True, is_proven=True)
-    wanted, nprobe = max(4 * k, k + 100), segments.nprobe
     fetch = HITS_PER_IMAGE * wanted
-    if only_image_ids is not None:
-        segments = FilteredSegments(segments, only_image_ids)
+    filters = {"exclude_image_ids": exclude_image_ids, "only_image_ids": only_image_ids}
     while True:
-        hits = segments.search(terms[judge.wanted], fetch, exclude_image_ids=exclude_image_ids, nprobe=nprobe)
+        hits = segments.search(terms[judge.wanted], fetch, nprobe=nprobe, **filters)
         is_drained = hits.scores.shape[1] < fetch  # nothing is left in these lists
         judge.score(np.unique(image_ids_of(hits.vector_ids[hits.vector_ids >= 0])))
         if is_drained and nprobe >= segments.nlist:
@@ -262,10 +261,6 @@ def _by_place(
     places = np.full((len(offsets) - 1, num_places, cosines.shape[1]), -np.inf, np.float32)
     places[rows, columns] = best
     return places, columns[place_of]
-
-
-def _without(image_ids: NDArray[np.int64], excluded: NDArray[np.int64] | None) -> NDArray[np.int64]:
-    return image_ids if excluded is None else np.setdiff1d(image_ids, excluded, assume_unique=True)
 
 
 def _check(

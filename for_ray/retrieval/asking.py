@@ -10,10 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from for_ray.errors import ConfigError
-from for_ray.index.conjunction import FEW_IMAGES, ImageObjects, assign_slots, search_clauses
-from for_ray.index.filtered import FilteredSegments
+from for_ray.index.conjunction import ImageObjects, assign_slots, search_clauses
 from for_ray.index.folding import fold_images
-from for_ray.index.search import RankedImages, SegmentSet, search_images
+from for_ray.index.probe import Searchable
+from for_ray.index.search import RankedImages, search_images
 from for_ray.index.similar import search_similar
 from for_ray.retrieval.paging import PageEnd, depths, is_behind
 from for_ray.retrieval.question import MAX_HITS, Answer, Found, Hit, Query, Question
@@ -56,7 +56,7 @@ class Search:
 
     snapshot: Snapshot
     images: Any
-    segments: SegmentSet
+    segments: Searchable
     num_slots: int
     question: Question
     query: Query
@@ -88,32 +88,39 @@ class Search:
         return lowest is not None and float(ranking.scores[-1]) < lowest
 
     def _rank(self, depth: int) -> Ranking:
-        query, excluded = self.query, self.snapshot.deleted_image_ids
-        if (query.clauses and not query.is_one_vector) or self._has_few:
-            matches = search_clauses(
-                self.segments,
-                query.terms,
-                query.clauses or (((0,), ()),),
-                depth,
-                objects=self._objects,
-                limits=self._limits_of_unwanted(),
-                exclude_image_ids=excluded,
-                only_image_ids=self.only,
-            )
-            return Ranking(*matches)
-        segments = self.segments if self.only is None else FilteredSegments(self.segments, self.only)
+        segments, query, only = self.segments, self.query, self.only
+        excluded = self.snapshot.deleted_image_ids
         if query.is_one_vector:
             found = search_images(
-                segments, query.terms[0], depth, exact=self._vectors, exclude_image_ids=excluded
+                segments,
+                query.terms[0],
+                depth,
+                exact=self._vectors,
+                exclude_image_ids=excluded,
+                only_image_ids=only,
             )
             return _ranking(found, is_proven=True)
-        found = search_similar(segments, query.terms, depth, exact=self._vectors, exclude_image_ids=excluded)
-        return _ranking(found, is_proven=found.is_exhaustive)
-
-    @property
-    def _has_few(self) -> bool:
-        """Whether one vector is looked for among so few images that all are scored."""
-        return self.query.is_one_vector and self.only is not None and len(self.only) <= FEW_IMAGES
+        if not query.clauses:
+            found = search_similar(
+                segments,
+                query.terms,
+                depth,
+                exact=self._vectors,
+                exclude_image_ids=excluded,
+                only_image_ids=only,
+            )
+            return _ranking(found, is_proven=found.is_exhaustive)
+        matches = search_clauses(
+            segments,
+            query.terms,
+            query.clauses,
+            depth,
+            objects=self._objects,
+            limits=self._limits_of_unwanted(),
+            exclude_image_ids=excluded,
+            only_image_ids=only,
+        )
+        return Ranking(*matches)
 
     def _limits_of_unwanted(self) -> NDArray[np.float64]:
         terms = self.query.terms

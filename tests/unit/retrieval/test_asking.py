@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from for_ray.errors import ConfigError
-from for_ray.index import conjunction
+from for_ray.index import conjunction, search
 from for_ray.model.bundle import Bundle
 from for_ray.model.encoder import Encoded
 from for_ray.retrieval import Answer, Filters, OpenIndex, Question, asking, open_index
@@ -168,8 +168,10 @@ def test_a_filter_that_many_pass(index: OpenIndex, monkeypatch: pytest.MonkeyPat
     """The index is searched, and not every image scored: the same answer."""
     for k in (2, 100):
         few = index.ask(Question(text, k=k, filters=Filters(image_ids=tuple(range(4, 20)))))
-        monkeypatch.setattr(asking, "FEW_IMAGES", 0)
+        monkeypatch.setattr(search, "FEW_IMAGES", 0)
+        monkeypatch.setattr(search, "num_candidates", lambda k: 3)
         monkeypatch.setattr(conjunction, "FEW_IMAGES", 0)
+        monkeypatch.setattr(conjunction, "num_candidates", lambda k: 3)
         many = index.ask(Question(text, k=k, filters=Filters(image_ids=tuple(range(4, 20)))))
         monkeypatch.undo()
         assert many.hits == few.hits
