@@ -169,6 +169,7 @@ class SnapshotRecord(_Record):
     Attributes:
         images_version: Of `images.lance`.
         nprobe: Lists that a search looks at in each segment.
+        target_recall: What `nprobe` was chosen for; None where nothing had to be found.
         restores: The snapshot that this one repeats, where somebody rolled back; else None.
     """
 
@@ -184,6 +185,7 @@ class SnapshotRecord(_Record):
     quarantined: int
     num_vectors: int
     recall_at_50: float | None
+    target_recall: float | None = None
     restores: int | None = None
 
 

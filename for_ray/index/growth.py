@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 
 from for_ray.index.plan import DEFAULT_MEMORY_BYTES, IndexPlan, bits_of, plan_index
-from for_ray.schema import Codec, Segment, Snapshot
+from for_ray.schema import Codec, Segment, Snapshot, SnapshotRecord
 
 GROWTH_OF_LISTS = 4
 """A codec is trained anew when the plan has this many times its lists. Lists grow with the root of the number
@@ -49,6 +49,8 @@ def why_retrain(
     kinds = codec_kind(plan.factory), codec_kind(codec.factory)
     if kinds[0] != kinds[1] and not _was_larger(codec, plan, wanted=wanted, floor=floor):
         return f"{kinds[0]} takes the place of {kinds[1]}"
+    if wanted != codec.wanted and _names_lists(wanted) and plan.nlist != codec.nlist:
+        return f"{plan.factory} takes the place of {codec.factory}"
     if plan.nlist >= GROWTH_OF_LISTS * codec.nlist:
         return f"{plan.num_vectors:,} vectors want {plan.nlist} lists, it has {codec.nlist}"
     imbalance = list_imbalance(segments, codec.nlist)
@@ -71,6 +73,12 @@ def why_retrain_snapshot(
     )
     recall = snapshot.recall_at_50
     return why_retrain(codec, plan, snapshot.segments, wanted=wanted, recall=recall, floor=floor)
+
+
+def is_measured_for(snapshot: SnapshotRecord, target: float) -> bool:
+    """Whether its `nprobe` was chosen for so much recall, or finds it anyway; or there is nothing to find."""
+    recall = snapshot.recall_at_50
+    return recall is None or recall >= target or (snapshot.target_recall or 0.0) >= target
 
 
 def list_imbalance(segments: Sequence[Segment], nlist: int) -> float | None:
@@ -96,6 +104,10 @@ def list_imbalance(segments: Sequence[Segment], nlist: int) -> float | None:
 def codec_kind(factory: str) -> str:
     """A factory string without what follows from the number of vectors: the lists, and how they are found."""
     return re.sub(r"IVF\d*(_HNSW\d*)?", "IVF", factory)
+
+
+def _names_lists(wanted: str | None) -> bool:
+    return wanted is not None and re.search(r"IVF\d", wanted) is not None
 
 
 def _was_larger(codec: Codec, plan: IndexPlan, *, wanted: str | None, floor: float) -> bool:

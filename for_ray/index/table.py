@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from for_ray.errors import DataError
 from for_ray.index.commits import commit
+from for_ray.index.spread import Spread
 from for_ray.schema import Cause, pack_vector_ids
 from for_ray.storage import exists, join_uri, lance_options, shown
 from for_ray.storage.refusals import lance_refusals
@@ -73,6 +74,14 @@ def require_table(table_uri: str, *, version: int | None = None) -> Any:
     if table is None:
         raise DataError(f"{table_uri} is not there; run jobs/index.py again")
     return table
+
+
+def open_version(table: Any, version: int) -> Any | None:
+    """Another version of a table that is open; None where the store does not have it any more."""
+    name = f"{(1 << 64) - 1 - version}.manifest"  # Lance's own, so that the newest is listed first
+    if not exists(join_uri(join_uri(table.uri, "_versions"), name)):
+        return None
+    return open_table(table.uri, version=version)
 
 
 def version_of(table: Any | None) -> int:
@@ -288,13 +297,18 @@ def _commit_rewrites(table: Any, tasks: Sequence[Any], rewrites: list[Any]) -> N
 def sweep_versions(table_uri: str, kept: Iterable[int]) -> None:
     """Remove the versions of the table that nobody needs, with the files that only these refer to.
 
-    Kept are the latest version and those in `kept`, which get a tag; tags of others go. Files that no version
+    Kept are the latest version and those in `kept`, which get a tag unless they are lost; tags of others go.
+    Files that no version
     refers to, as a killed task leaves them, go when they are a week old: until then they might be those of a
     commit to come.
     """
     table = require_table(table_uri)
     with lance_refusals(table_uri):
-        tagged, wanted = set(table.tags.list()), {f"v{version}": version for version in kept}
+        there = {each["version"] for each in table.versions()}
+        tagged, wanted = (
+            set(table.tags.list()),
+            {f"v{version}": version for version in there.intersection(kept)},
+        )
         for name in wanted.keys() - tagged:
             table.tags.create(name, wanted[name])
         for name in tagged - wanted.keys():
@@ -302,29 +316,13 @@ def sweep_versions(table_uri: str, kept: Iterable[int]) -> None:
         table.cleanup_old_versions(older_than=datetime.timedelta(0), error_if_tagged_old_versions=False)
 
 
-class Held(NamedTuple):
-    """What a range of image ids holds: images, their vectors, and the end of their ids."""
-
-    num_images: int
-    num_vectors: int
-    end: int
-
-
-def count_held(table: Any, first: int) -> Held:
+def count_held(table: Any, first: int) -> Spread:
     """Count the images with an id of at least `first`, by their boxes: fewer bytes than their vectors."""
-    held = Held(0, 0, first)
+    held = Spread(first)
     for batch in _scan(table, ["boxes"], with_row_id=True, filter=f"_rowid >= {first}"):
-        if batch.num_rows:
-            held = Held(
-                held.num_images + batch.num_rows,
-                held.num_vectors + _num_items(batch["boxes"]),
-                max(held.end, pc.max(batch["_rowid"]).as_py() + 1),
-            )
+        counts = pc.fill_null(pc.list_value_length(batch["boxes"]), 0)
+        held.add(batch["_rowid"].to_numpy().astype(np.int64), counts.to_numpy().astype(np.int64))
     return held
-
-
-def _num_items(lists: pa.Array | pa.ChunkedArray) -> int:
-    return pc.sum(pc.list_value_length(lists)).as_py() or 0
 
 
 def read_vectors(table: Any, first: int, end: int, *, batch_rows: int) -> Iterator[ImageVectors]:

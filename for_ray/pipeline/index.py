@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from for_ray.config import IndexSettings
-from for_ray.errors import StageError
+from for_ray.errors import DataError, StageError
 from for_ray.index import snapshots, table
 from for_ray.index.capacity import Capacity
-from for_ray.index.growth import codec_kind, why_retrain_snapshot
+from for_ray.index.growth import codec_kind, is_measured_for, why_retrain_snapshot
 from for_ray.index.plan import plan_index
+from for_ray.index.spread import Spread
 from for_ray.model.bundle import Bundle, check_indexable, open_bundle
 from for_ray.pipeline.capacity import plans_of, task_bytes
 from for_ray.pipeline.index_report import Findings, report_run
@@ -62,6 +63,10 @@ def run_index(settings: IndexSettings, *, progress: Progress) -> IndexSummary:
             progress.say(run.report("failed", str(error)))
             run.sweep_idle(has_failed=True)
             raise
+        except BaseException as error:  # an interrupt too, and what nobody foresaw: the morning wants to know
+            if run.holds_lease:
+                progress.say(run.report("failed", f"{type(error).__name__}: {error}".rstrip(": ")))
+            raise
         progress.say(run.report("published" if run.found.has_published else "unchanged", summary.message))
         if not run.found.has_published:
             run.sweep_idle(has_failed=False)
@@ -77,6 +82,7 @@ class _Run:
         self.images_uri = settings.images or ""  # settings without are not of a run
         self.layout = Layout(canonical_uri(settings.index))
         self.run_id = secrets.token_hex(4)
+        self.holds_lease = False
         self.latest = snapshots.find_latest(self.layout)
         self.bundle = _open_encoder(settings, self.layout, self.latest)
         self.fingerprint = self.bundle.fingerprint
@@ -110,7 +116,7 @@ class _Run:
         listing = self._list()
         images = self._open_images()
         gap = self._diff(listing, images)
-        held = table.count_held(images, 0) if images is not None else table.Held(0, 0, 0)
+        held = table.count_held(images, 0) if images is not None else Spread(0)
         per_image = held.num_vectors / held.num_images if held.num_vectors else self.bundle.num_slots
         plans = plans_of(
             self.settings, self.bundle.dim, per_image, num_images=listing.num_listed, codec=self._codec
@@ -139,12 +145,11 @@ class _Run:
             lease = stack.enter_context(
                 Lease.acquire(self.layout.lease_uri, f"jobs/index.py (run {self.run_id})")
             )
+            self.holds_lease = True
             finish_removals(self.layout, lease)
-            latest = self._open_images()
-            if table.version_of(latest) != table.version_of(images):
-                # Another run wrote meanwhile: what it encoded may be newer than this list.
-                images, self.base = latest, self._find_base()
-                listing, gap = self._compare(images)
+            listing, gap, images = self._look_again(listing, gap, images)
+            if self._is_current(gap, images):
+                return self._unchanged(listing, gap)
             writer = IndexWriter(
                 settings=self.settings,
                 layout=self.layout,
@@ -160,6 +165,21 @@ class _Run:
             )
             message = writer.write(listing, gap, images)
         return self._summary(listing, gap, self.found.snapshot, message=message)
+
+    def _look_again(self, listing: Listing, gap: Gap, images: Any) -> tuple[Listing, Gap, Any]:
+        """What another run may have done before this one had the lease: listing can take an hour."""
+        known = {self.fingerprint, self.latest.fingerprint if self.latest else None}
+        self.latest = snapshots.find_latest(self.layout)
+        self.found.snapshot, self.base = self.latest, self._find_base()
+        if self.settings.encoder is None and self.latest and self.latest.fingerprint not in known:
+            raise DataError(
+                f"{self.layout.index_uri} was published with another encoder ({self.latest.fingerprint}) "
+                "while this run listed the images; run again to go on with it, or name yours with --encoder"
+            )
+        latest = self._open_images()
+        if table.version_of(latest) != table.version_of(images):
+            listing, gap = self._compare(latest)  # what was encoded meanwhile may be newer than the list
+        return listing, gap, latest
 
     def sweep_idle(self, *, has_failed: bool) -> None:
         """Sweep what a run that published nothing may sweep."""
@@ -225,7 +245,7 @@ class _Run:
             return False
         if base.images_version != table.version_of(images):
             return False
-        if self._drift(base):
+        if self._drift(base) or not is_measured_for(base, self.settings.target_recall):
             return False
         if self.settings.codec is None or base.codec is None:
             return True

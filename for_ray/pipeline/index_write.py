@@ -3,7 +3,9 @@
     encode → build → merge → verify → publish → sweep
 
 Changed and gone images leave the table when what takes their place is there; a uri that a dead run leaves
-twice is found by the next diff. Searches see none of it, since they stay with a published version.
+twice is found by the next diff. An image that was replaced again before it was read leaves, too: its row is
+of something that the bucket holds no longer, and the next run encodes what it finds. Searches see none of it,
+since they stay with a published version.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from for_ray.config import IndexSettings
 from for_ray.errors import ForRayError, StorageError
 from for_ray.index import snapshots, table
+from for_ray.index.growth import is_measured_for
 from for_ray.model.bundle import Bundle
 from for_ray.pipeline.capacity import task_bytes
 from for_ray.pipeline.encoding import encode_gap
@@ -241,9 +244,9 @@ class IndexWriter:
             )
             if not built.num_vectors:
                 return Recall(None, 1)
-            if not built.is_new:
-                known = self.base.recall_at_50 if self.base else None
-                return Recall(known, self.base.nprobe if self.base else 1)
+            base, target = self.base, self.settings.target_recall
+            if base and not built.is_new and is_measured_for(base, target):
+                return Recall(base.recall_at_50, base.nprobe, base.target_recall)
             recall = measure_recall(
                 self.cluster,
                 self._job(images),
@@ -251,7 +254,7 @@ class IndexWriter:
                 recall_queries(self.layout, self.fingerprint, self.bundle),
                 deleted=built.deleted,
                 nprobe=built.nprobe,
-                target=self.settings.target_recall,
+                target=target,
                 cache_path=self.folder / "segments",
             )
             check_recall(recall, least=self.settings.least_recall, codec=built.codec)
@@ -278,6 +281,7 @@ class IndexWriter:
             quarantined=num_quarantined,
             num_vectors=built.num_vectors,
             recall_at_50=recall.recall,
+            target_recall=recall.target,
         )
 
     def _job(self, images: Any) -> RangeJob:

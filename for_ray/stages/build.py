@@ -21,11 +21,11 @@ from for_ray.index.codec import codec_record, codec_to_bytes, train_codec
 from for_ray.index.growth import list_imbalance, why_retrain
 from for_ray.index.plan import DEFAULT_MEMORY_BYTES, IndexPlan, plan_index
 from for_ray.index.segment import build_segment
-from for_ray.index.table import Held, count_held, read_vectors, require_table, take_vectors
+from for_ray.index.table import count_held, open_version, read_vectors, take_vectors
 from for_ray.schema import Codec, Segment, Snapshot
 from for_ray.stages.built import Built
 from for_ray.stages.cluster import Cluster
-from for_ray.stages.ranges import RangeJob, split_images
+from for_ray.stages.ranges import RangeJob
 from for_ray.storage import local_copy, upload, write_bytes
 
 SLOTS_OF_AN_IMAGE = 16
@@ -71,7 +71,7 @@ def update_segments(
     """
     images = job.open_table()
     dim = images.schema.field("vectors").type.value_type.list_size
-    codec, segments, deleted = _carry_over(job, images, base) if base else _nothing()
+    codec, segments, deleted = _carry_over(images, base) if base else _nothing()
     added = count_held(images, max((segment.end_image_id for segment in segments), default=0))
     num_vectors = _num_live(segments) + added.num_vectors
     plan = plan_index(num_vectors, dim, codec=wanted, target_recall=floor, memory_bytes=memory_bytes)
@@ -84,7 +84,7 @@ def update_segments(
         codec = _train_on(cluster, job, plan, wanted=wanted)
         _, segments, deleted = _nothing()
         added = count_held(images, 0)
-    new = _build_all(cluster, job, codec, _ranges(segments, added, plan), on_progress=on_progress)
+    new = _build_all(cluster, job, codec, added.cut(plan.vectors_per_segment), on_progress=on_progress)
     num_vectors = _num_live(segments) + added.num_vectors
     segments = segments + new
     if _num_live(segments) != num_vectors:
@@ -114,12 +114,14 @@ def _nothing(codec: Codec | None = None) -> _Kept:
     return _Kept(codec, [], np.empty(0, np.int64))
 
 
-def _carry_over(job: RangeJob, images: Any, base: Snapshot) -> _Kept:
+def _carry_over(images: Any, base: Snapshot) -> _Kept:
     """The base as the table sees it now: what has left the table since then is dead."""
     if _num_live(base.segments) != base.num_vectors:
         # A snapshot that does not say how much of its segments is dead: they are built again.
         return _nothing(base.codec)
-    before = require_table(job.layout.images_uri(job.fingerprint), version=base.images_version)
+    before = open_version(images, base.images_version)
+    if before is None:  # nobody knows any more what has left the table since then
+        return _nothing(base.codec)
     gone = find_gone(before, images)
     segments, is_inside = _count_dead(base.segments, gone)
     known = np.asarray(base.deleted_image_ids, np.int64)
@@ -140,16 +142,6 @@ def _count_dead(segments: Sequence[Segment], gone: GoneImages) -> tuple[list[Seg
 
 def _num_live(segments: Sequence[Segment]) -> int:
     return sum(segment.num_live for segment in segments)
-
-
-def _ranges(segments: Sequence[Segment], added: Held, plan: IndexPlan) -> list[tuple[int, int]]:
-    """The ranges of image ids that get a segment each: of the images behind the last segment."""
-    return split_images(
-        max((segment.end_image_id for segment in segments), default=0),
-        added.end,
-        num_images=added.num_images if added.num_vectors else 0,
-        images_per_segment=plan.vectors_per_segment * added.num_images // max(1, added.num_vectors),
-    )
 
 
 def _described(codec: Codec, segments: Sequence[Segment], *, wanted: str | None) -> Codec:

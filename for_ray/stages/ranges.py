@@ -36,15 +36,17 @@ class RangeJob:
         return require_table(self.layout.images_uri(self.fingerprint), version=self.version)
 
 
-def split_images(first: int, end: int, *, num_images: int, images_per_segment: int) -> list[tuple[int, int]]:
-    """Ranges of image ids of about equal size, none with clearly more than `images_per_segment` images.
+def split_ids(first: int, end: int, *, most: int) -> list[tuple[int, int]]:
+    """Ranges of about equally many ids, none with more than `most`, for tasks that read a batch at a time.
+
+    How many images these are is another matter, since ids of deleted rows are holes: what a task holds must
+    not grow with its range. Segments are cut by `Spread`.
 
     Args:
         first: The first id.
         end: Behind the last id.
-        num_images: Images among these ids; ids of deleted rows are holes.
-        images_per_segment: The most that one range should have.
+        most: At least 1.
     """
-    num_ranges = -(-num_images // max(1, images_per_segment))
+    num_ranges = -(-(end - first) // most)
     edges = [first + (end - first) * i // num_ranges for i in range(num_ranges + 1)] if num_ranges else []
-    return [(low, high) for low, high in itertools.pairwise(edges) if low < high]
+    return list(itertools.pairwise(edges))

@@ -19,7 +19,7 @@ from for_ray.index.search import open_segments, search_images
 from for_ray.index.table import ImageVectors, read_vectors, scan_state, take_vectors
 from for_ray.schema import Snapshot
 from for_ray.stages.cluster import Cluster
-from for_ray.stages.ranges import RangeJob, split_images
+from for_ray.stages.ranges import RangeJob, split_ids
 
 IMAGES_A_TASK, IMAGES_A_READ = 50_000, 512
 """Images that one task compares with all queries, and how many of them it holds at once."""
@@ -121,7 +121,7 @@ def rank_exactly(
     shared, ids = ray.put(queries), ray.put(members.image_ids)
     num_images = len(members.image_ids)
     first, end = (int(members.image_ids[0]), int(members.image_ids[-1]) + 1) if num_images else (0, 0)
-    ranges = split_images(first, end, num_images=num_images, images_per_segment=IMAGES_A_TASK)
+    ranges = split_ids(first, end, most=IMAGES_A_TASK)
     parts = ray.get([task.remote(job, *edges, shared, ids, depth) for edges in ranges])
     if not parts:
         return [np.empty(0, np.int64) for _ in queries]

@@ -16,14 +16,15 @@ from for_ray.index.search import open_segments, search_images
 from for_ray.index.table import ImageVectors, read_vectors, take_vectors, worst_causes
 from for_ray.schema import Cause, Codec, Segment
 from for_ray.stages.cluster import Cluster
-from for_ray.stages.ranges import RangeJob, split_images
+from for_ray.stages.ranges import RangeJob, split_ids
 from for_ray.storage import shown
 
 RANKED = 50
 """Recall is that of the first 50 images: what a page of results shows."""
 
 SAMPLED_VECTORS = 1_000_000
-"""Recall is measured over whole segments, drawn until they hold this many vectors; all of a smaller index."""
+"""Recall is measured over whole segments, drawn until they hold this many vectors, the last one with what it
+has: exact and approximate search then answer over the same images. All of a smaller index."""
 
 WORST_CAUSES = 5
 """Reasons of quarantine that the message of a refused run names."""
@@ -37,10 +38,14 @@ LEAST_GAIN = 0.002
 
 
 class Recall(NamedTuple):
-    """The share of exact search's first 50 images that `nprobe` lists have; None: nothing to find."""
+    """The share of exact search's first 50 images that `nprobe` lists have, and what was asked for.
+
+    None where there is nothing to find.
+    """
 
     recall: float | None
     nprobe: int
+    target: float | None = None
 
 
 def measure_recall(
@@ -85,7 +90,7 @@ def measure_recall(
         ]
         recall = recall_at_k(found, right)
         if recall >= target or nprobe >= index.nlist or recall - before < LEAST_GAIN:
-            return Recall(recall, min(nprobe, index.nlist))
+            return Recall(recall, min(nprobe, index.nlist), target)
         before, nprobe = recall, 2 * nprobe
 
 
@@ -159,12 +164,7 @@ def _exact(
     ranges = [
         edges
         for segment in segments
-        for edges in split_images(
-            segment.first_image_id,
-            segment.end_image_id,
-            num_images=segment.end_image_id - segment.first_image_id,
-            images_per_segment=IMAGES_A_TASK,
-        )
+        for edges in split_ids(segment.first_image_id, segment.end_image_id, most=IMAGES_A_TASK)
     ]
     parts = ray.get([task.remote(job, first, end, shared) for first, end in ranges])
     ids = np.concatenate([part[0] for part in parts], axis=1)

@@ -17,14 +17,16 @@ import pytest
 
 from for_ray.command import run_command
 from for_ray.config import IndexSettings
-from for_ray.errors import StageError
+from for_ray.errors import DataError, StageError
 from for_ray.index import snapshots
 from for_ray.pipeline.index import run_index
+from for_ray.pipeline.index_write import IndexWriter
 from for_ray.pipeline.upkeep import roll_back, run_upkeep
 from for_ray.retrieval import open_index
 from for_ray.schema import Layout, RunReport
 from for_ray.stages.progress import Progress
 from for_ray.stages.report import IndexSummary
+from for_ray.storage import Lease
 
 
 class Nights:
@@ -301,3 +303,87 @@ def test_verify_says_what_is_wrong_and_ends_with_1(nights: Nights) -> None:
     assert code == 1
     assert len(lines) == 1
     assert segment.name in lines[0]
+
+
+@pytest.fixture
+def meanwhile(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], object]], None]:
+    """Lets something happen after a run has listed its images and before it has the lease."""
+
+    def arrange(happens: Callable[[], object]) -> None:
+        acquire = Lease.acquire
+
+        def acquire_late(*given: Any) -> Lease:
+            monkeypatch.setattr(Lease, "acquire", acquire)
+            happens()
+            return acquire(*given)
+
+        monkeypatch.setattr(Lease, "acquire", acquire_late)
+
+    return arrange
+
+
+def test_what_another_run_did_meanwhile_is_not_done_again(
+    nights: Nights, meanwhile: Callable[[Callable[[], object]], None]
+) -> None:
+    nights.remove(range(5))
+    meanwhile(nights.run)
+    assert nights.run().message == "nothing changed; snapshot 2 stays"
+    assert [report.outcome for report in nights.reports()] == ["published", "unchanged", "published"]
+
+
+def test_an_encoder_published_meanwhile_is_not_taken_back(
+    nights: Nights, meanwhile: Callable[[Callable[[], object]], None]
+) -> None:
+    nights.draw(range(60, 62))
+    meanwhile(lambda: nights.run(head="clip"))
+    with pytest.raises(DataError, match=r"published with another encoder .* while this run listed"):
+        nights.run(encoder=None)
+    assert snapshots.latest(nights.layout).snapshot_id == 2
+
+
+@pytest.mark.parametrize("ending", [KeyboardInterrupt(), ZeroDivisionError("by nought")])
+def test_a_run_that_was_interrupted_leaves_a_report(
+    nights: Nights, monkeypatch: pytest.MonkeyPatch, ending: BaseException
+) -> None:
+    def end(*_: object, **__: object) -> None:
+        raise ending
+
+    monkeypatch.setattr(IndexWriter, "_verify", end)
+    nights.remove(range(5))
+    with pytest.raises(type(ending)):
+        nights.run()
+    last = nights.reports()[-1]
+    assert (last.outcome, last.gone, last.snapshot_id) == ("failed", 5, 1)
+    assert last.message == f"{type(ending).__name__}{': by nought' if ending.args else ''}"
+    monkeypatch.undo()
+    assert nights.run().indexed == 55
+
+
+def test_an_image_replaced_twice_waits_for_the_next_night(
+    nights: Nights, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare = IndexWriter._prepare
+
+    def replace_again(*given: Any) -> Any:
+        nights.draw(range(1), seed=2)
+        return prepare(*given)
+
+    monkeypatch.setattr(IndexWriter, "_prepare", replace_again)
+    nights.draw(range(2), seed=1)
+    assert nights.run().indexed == 59
+    assert nights.found() == nights.listed()[1:]  # what 00000.jpg showed is nowhere any more
+    monkeypatch.undo()
+    assert nights.run().new == 1
+    assert nights.found() == nights.listed()
+
+
+def test_a_target_that_is_raised_is_measured_again_and_once(nights: Nights) -> None:
+    before = snapshots.latest(nights.layout)
+    low = before.model_copy(update={"recall_at_50": 0.96, "nprobe": 1, "target_recall": 0.95})
+    snapshots.publish(nights.layout, low)
+    assert nights.run().message == "nothing changed; snapshot 2 stays"
+    assert nights.run(target_recall=0.99).message == "published snapshot 3"
+    after = snapshots.latest(nights.layout)
+    assert (after.recall_at_50, after.target_recall, after.segments) == (1.0, 0.99, before.segments)
+    assert after.nprobe > low.nprobe
+    assert nights.run(target_recall=0.99).message == "nothing changed; snapshot 3 stays"

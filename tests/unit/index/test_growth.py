@@ -11,10 +11,16 @@ import pytest
 from numpy.typing import NDArray
 
 from for_ray.index.codec import codec_record, codec_to_bytes, train_codec
-from for_ray.index.growth import codec_kind, list_imbalance, why_retrain, why_retrain_snapshot
+from for_ray.index.growth import (
+    codec_kind,
+    is_measured_for,
+    list_imbalance,
+    why_retrain,
+    why_retrain_snapshot,
+)
 from for_ray.index.plan import IndexPlan, plan_index
 from for_ray.index.segment import build_segment
-from for_ray.schema import Codec, Segment, Snapshot
+from for_ray.schema import Codec, Segment, Snapshot, SnapshotRecord
 
 
 def codec(plan: IndexPlan, **known: float | str | None) -> Codec:
@@ -91,6 +97,33 @@ def test_what_the_user_asks_for_comes_at_once():
     assert why(coded, plan_index(9_000, 64)) is None
     asked_for = codec(plan_index(9_000, 64, codec="HR,IVF,RaBitQ4"), wanted="HR,IVF,RaBitQ4")
     assert why(asked_for, plan_index(9_000, 64), wanted=None) is not None  # back to what the plan chooses
+
+
+def test_another_number_of_lists_is_asked_for_once():
+    plan = plan_index(100_000, 8, codec="IVF64,SQ8")
+    before = codec(plan_index(100_000, 8, codec="IVF256,SQ8"), wanted="IVF256,SQ8")
+    assert why(before, plan, wanted="IVF64,SQ8") == "IVF64,SQ8 takes the place of IVF256,SQ8"
+    assert why(codec(plan, wanted="IVF64,SQ8"), plan, wanted="IVF64,SQ8") is None
+    small = plan_index(1000, 8, codec="IVF256,SQ8")  # which has fewer than were asked for
+    assert small.nlist < 256
+    assert why(codec(small, wanted="IVF256,SQ8"), small, wanted="IVF256,SQ8") is None
+    assert why(codec(small, wanted="IVF,SQ8"), small, wanted="IVF256,SQ8") is None
+
+
+@pytest.mark.parametrize(
+    ("recall", "measured_for", "target", "is_enough"),
+    [
+        (0.97, 0.95, 0.95, True),
+        (0.97, 0.95, 0.98, False),
+        (0.97, 0.98, 0.98, True),  # more lists did not find more
+        (0.99, 0.95, 0.98, True),
+        (0.90, None, 0.95, False),
+        (None, None, 0.95, True),
+    ],
+)
+def test_a_target_that_was_raised_is_measured_again(recall, measured_for, target, is_enough):
+    known = SnapshotRecord.model_construct(recall_at_50=recall, target_recall=measured_for)
+    assert is_measured_for(known, target) == is_enough
 
 
 def test_a_higher_target_takes_more_bits_and_a_lower_one_leaves_them():

@@ -77,7 +77,7 @@ class Nights:
     def carry_over(self, base: Snapshot) -> tuple[list[int], list[int]]:
         """The dead of each segment, and the ids of dead images."""
         job = RangeJob(self.layout.index_uri, "f", table.version_of(self.images), "run")
-        kept: Any = _carry_over(job, job.open_table(), base)
+        kept: Any = _carry_over(job.open_table(), base)
         assert [each.model_copy(update={"num_dead": 0}) for each in kept.segments] == [
             each.model_copy(update={"num_dead": 0}) for each in base.segments[: len(kept.segments)]
         ]
@@ -172,3 +172,11 @@ def test_a_codec_keeps_what_its_lists_were_like_at_first():
     assert grown.wanted is None
     assert grown.imbalance == pytest.approx(1.5, abs=0.001)
     assert _described(grown, [many, more], wanted=None) == grown
+
+
+def test_a_base_whose_table_is_lost_is_built_again(nights):
+    base = nights.publish(SEGMENTS, [])
+    nights.delete(1)
+    assert nights.carry_over(base) == ([2, 0, 0], [1])
+    table.sweep_versions(nights.images.uri, [])
+    assert nights.carry_over(base) == ([], [])
