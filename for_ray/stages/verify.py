@@ -37,6 +37,11 @@ LEAST_GAIN = 0.002
 """Where twice the lists gain less recall than this, it is the codec that holds it back."""
 
 
+NUM_EXAMPLES, IDS_AN_EXAMPLE = 64, 4
+"""Vectors of the index's own images that recall is measured with, too: texts lie apart from what images hold,
+and find their lists in another way. Ids looked up for each, since some are holes or have no vectors."""
+
+
 class Recall(NamedTuple):
     """The share of exact search's first 50 images that `nprobe` lists have, and what was asked for.
 
@@ -61,11 +66,14 @@ def measure_recall(
 ) -> Recall:
     """Double `nprobe` until the search finds what exact search finds, or more lists find no more.
 
+    Recall is that of the texts, or that of vectors of the index's own images, whichever is less; an image is
+    not counted among what its own vector finds.
+
     Args:
         cluster: Where the tasks run.
         job: Names the table and its version.
         segments: All of the index; at least one.
-        queries: [Q, D], unit length.
+        queries: Of texts, [Q, D], unit length.
         deleted: Image ids that the segments still have and the table has not; ascending.
         nprobe: Where to begin.
         target: The recall that is enough.
@@ -73,8 +81,11 @@ def measure_recall(
     """
     sample = _draw_segments(segments)
     _ = cluster.resources
-    right = _exact(job, sample, queries)
     table = job.open_table()
+    examples, owners = _draw_examples(table, sample)
+    asked = np.concatenate([queries, examples])
+    owners = np.concatenate([np.full(len(queries), -1), owners])
+    right = _but_owners(_exact(job, sample, asked), owners)
     index = open_segments(job.layout, job.fingerprint, sample, nprobe=nprobe, cache_path=cache_path)
 
     def stored(image_ids: NDArray[np.int64]) -> ImageVectors:
@@ -82,13 +93,25 @@ def measure_recall(
 
     before = -1.0
     while True:
-        found = [
-            search_images(
-                index, query, RANKED, exact=stored, exclude_image_ids=deleted, nprobe=nprobe
-            ).image_ids
-            for query in queries
-        ]
-        recall = recall_at_k(found, right)
+        found = _but_owners(
+            [
+                search_images(
+                    index,
+                    query,
+                    RANKED + 1,
+                    exact=stored,
+                    exclude_image_ids=deleted,
+                    nprobe=nprobe,
+                    probes_more=False,  # of so many lists alone: twice as many must be able to find more
+                ).image_ids
+                for query in asked
+            ],
+            owners,
+        )
+        texts, rest = slice(len(queries)), slice(len(queries), None)
+        recall = min(
+            recall_at_k(found[part], right[part]) for part in (texts, rest) if any(map(len, right[part]))
+        )
         if recall >= target or nprobe >= index.nlist or recall - before < LEAST_GAIN:
             return Recall(recall, min(nprobe, index.nlist), target)
         before, nprobe = recall, 2 * nprobe
@@ -155,6 +178,24 @@ def _draw_segments(segments: Sequence[Segment]) -> list[Segment]:
     return drawn
 
 
+def _draw_examples(table: Any, segments: Sequence[Segment]) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """Vectors [n, D] of images all over the segments, n at most `NUM_EXAMPLES`, and whose they are [n]."""
+    count = IDS_AN_EXAMPLE * NUM_EXAMPLES // len(segments) + 1
+    spans = [(segment.first_image_id, segment.end_image_id - 1) for segment in segments]
+    ids = np.unique(np.concatenate([np.linspace(*span, count).astype(np.int64) for span in spans]))
+    drawn = take_vectors(table, ids)
+    num_slots = np.diff(drawn.offsets)
+    held = np.flatnonzero(num_slots)
+    chosen = held[np.unique(np.linspace(0, len(held) - 1, min(len(held), NUM_EXAMPLES)).astype(np.int64))]
+    slots = np.arange(len(chosen)) % num_slots[chosen]
+    return drawn.vectors[drawn.offsets[chosen] + slots].astype(np.float32), drawn.image_ids[chosen]
+
+
+def _but_owners(ranked: Sequence[NDArray[np.int64]], owners: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+    """The first images of each query without the one that it was drawn of."""
+    return [ids[ids != owner][:RANKED] for ids, owner in zip(ranked, owners, strict=True)]
+
+
 def _exact(
     job: RangeJob, segments: Sequence[Segment], queries: NDArray[np.float32]
 ) -> list[NDArray[np.int64]]:
@@ -169,7 +210,7 @@ def _exact(
     parts = ray.get([task.remote(job, first, end, shared) for first, end in ranges])
     ids = np.concatenate([part[0] for part in parts], axis=1)
     scores = np.concatenate([part[1] for part in parts], axis=1)
-    order = np.lexsort((ids, -scores), axis=1)[:, :RANKED]
+    order = np.lexsort((ids, -scores), axis=1)[:, : RANKED + 1]
     return list(np.take_along_axis(ids, order, axis=1))
 
 
@@ -177,7 +218,7 @@ def _exact_of_range(
     job: RangeJob, first: int, end: int, queries: NDArray[np.float32]
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
     batches: Any = read_vectors(job.open_table(), first, end, batch_rows=IMAGES_A_READ)
-    return exact_top_images(batches, queries, RANKED)
+    return exact_top_images(batches, queries, RANKED + 1)
 
 
 def check_recall(recall: Recall, *, least: float, codec: Codec | None) -> None:

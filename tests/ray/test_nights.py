@@ -379,7 +379,9 @@ def test_an_image_replaced_twice_waits_for_the_next_night(
 
 def test_a_target_that_is_raised_is_measured_again_and_once(nights: Nights) -> None:
     before = snapshots.latest(nights.layout)
-    low = before.model_copy(update={"recall_at_50": 0.96, "nprobe": 1, "target_recall": 0.95})
+    codec = before.codec.model_copy(update={"recall_at_50": 0.96})
+    known = {"codec": codec, "recall_at_50": 0.96, "nprobe": 1, "target_recall": 0.95}
+    low = before.model_copy(update=known)
     snapshots.publish(nights.layout, low)
     assert nights.run().message == "nothing changed; snapshot 2 stays"
     assert nights.run(target_recall=0.99).message == "published snapshot 3"
