@@ -18,11 +18,6 @@ import torch
 GPU = pytest.param("cuda", marks=pytest.mark.gpu)
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    """The marker, also where this folder is run alone."""
-    config.addinivalue_line("markers", "gpu: needs a GPU; skips with the reason where there is none")
-
-
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     for name in ("device", "faiss_device"):
         if name in metafunc.fixturenames:
