@@ -18,7 +18,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from for_ray.index.codec import open_index
-from for_ray.index.probe import Hits, check_same_codec, drop_images, merge_hits, search_segment, trim_hits
+from for_ray.index.probe import (
+    Hits,
+    Searchable,
+    check_same_codec,
+    checked_queries,
+    choose_lists,
+    merge_hits,
+    no_hits,
+    search_segment,
+)
+from for_ray.index.selection import ALL_IDS, Remembered, Span, allowed_ids, select_parts
 from for_ray.schema import Layout, Segment, image_ids_of, slots_of
 from for_ray.storage import local_copy
 
@@ -27,6 +37,9 @@ CODE_NOISE = 1e-5
 
 HITS_PER_IMAGE = 4
 """Hits that are fetched at first for each image wanted; images with more of them cost another round."""
+
+FEW_IMAGES = 2000
+"""Images that a filter leaves, so many or fewer, are all compared exactly, without the index."""
 
 RERANK_AT_ONCE = 1024
 """Images whose vectors are held at once: 100 MB of float16 at 50 slots of 1024 dimensions."""
@@ -63,6 +76,11 @@ class RankedImages(NamedTuple):
     num_candidates: int
 
 
+def num_candidates(k: int) -> int:
+    """Images to rank again for the k best: the codes' scores are approximations."""
+    return max(4 * k, k + 100)
+
+
 class SegmentSet:
     """Segments of one codec, memory-mapped, searched as one index. Threads may share it.
 
@@ -70,19 +88,30 @@ class SegmentSet:
         paths: The segments' files; may be none, then nothing is found.
         nprobe: Lists that a search looks at in each segment.
         threads: FAISS's threads for several queries at once; a single query runs on one.
+        spans: The image ids that each segment may hold, first <= id < end: one that holds none of a filter's
+            is not searched. Any ids where None.
 
     Raises:
         DataError: A file is damaged, or not all segments are of one codec.
         ValueError: `nprobe` or `threads` is below 1.
     """
 
-    def __init__(self, paths: Sequence[Path], *, nprobe: int, threads: int = 1) -> None:
+    def __init__(
+        self,
+        paths: Sequence[Path],
+        *,
+        nprobe: int,
+        threads: int = 1,
+        spans: Sequence[Span] | None = None,
+    ) -> None:
         if nprobe < 1 or threads < 1:
             raise ValueError(f"expected nprobe >= 1 and threads >= 1, got {nprobe} and {threads}")
         # Arrays are mapped as they lie in the file. `IO_FLAG_MMAP` maps the inverted lists alone, and its
         # lists are slower: 0.17 against 0.11 ms a query (RaBitQ4, 60,000 × 128, nlist 256, nprobe 32).
         self._segments = [open_index(Path(path), io_flags=faiss.IO_FLAG_MMAP_IFC) for path in paths]
         check_same_codec(self._segments, paths)
+        all_spans = [ALL_IDS] * len(paths) if spans is None else list(spans)
+        self._parts = Remembered(lambda only, excluded: select_parts(only, excluded, all_spans))
         self._threads = threads
         self.nprobe = nprobe
         self.num_vectors = sum(int(segment.ntotal) for segment in self._segments)
@@ -103,56 +132,40 @@ class SegmentSet:
         k: int,
         *,
         exclude_image_ids: NDArray[np.int64] | None = None,
+        only_image_ids: NDArray[np.int64] | None = None,
         nprobe: int | None = None,
     ) -> Hits:
-        """The k best vectors of each query.
+        """The k best vectors of each query, of images that may be found.
 
-        Hits of excluded images are dropped, and more are fetched for them: right for the small share of
-        images that are gone and not yet merged away.
+        What a filter means to the segments is kept for as long as its arrays live: do not change them.
 
         Args:
             queries: [Q, D], unit length.
             k: At least 1.
-            exclude_image_ids: Sorted.
+            exclude_image_ids: Sorted; images that are never found.
+            only_image_ids: Sorted and distinct; no other images are found. None for all.
             nprobe: For this search alone; all lists where it is `nlist` or more.
 
         Returns:
             R <= k columns; R < k only if no query has more in the lists looked at.
 
         Raises:
-            ValueError: k or nprobe is below 1, or the queries have another dimension or a NaN.
+            ValueError: k or nprobe is below 1, the queries have another dimension or a NaN, or the ids of a
+                filter are not in order.
         """
-        queries = self._checked(queries)
         nprobe = self.nprobe if nprobe is None else nprobe
-        if k < 1 or nprobe < 1:
-            raise ValueError(f"expected k >= 1 and nprobe >= 1, got {k} and {nprobe}")
-        if not self.num_vectors or not len(queries):
-            return Hits(np.empty((len(queries), 0), np.float32), np.empty((len(queries), 0), np.int64))
-        faiss.omp_set_num_threads(self._threads)
-        fetch = min(k, self.num_vectors)
-        while True:
-            found = self._search_all(queries, fetch, nprobe=nprobe)
-            kept = found if exclude_image_ids is None else drop_images(found, exclude_image_ids)
-            lacking = (kept.vector_ids >= 0).sum(axis=1) < k
-            if fetch == self.num_vectors or not (lacking & (found.vector_ids[:, -1] >= 0)).any():
-                return trim_hits(kept, k)
-            fetch = min(2 * fetch, self.num_vectors)
-
-    def _checked(self, queries: NDArray[np.floating]) -> NDArray[np.float32]:
-        queries = np.ascontiguousarray(queries, np.float32)
-        if queries.ndim != 2 or (self._segments and queries.shape[1] != self.dim):
-            raise ValueError(f"expected queries of shape [Q, {self.dim}], got {list(queries.shape)}")
-        if not np.isfinite(queries).all():
-            raise ValueError("a query has NaN or infinite values; expected unit vectors")
-        return queries
-
-    def _search_all(self, queries: NDArray[np.float32], k: int, *, nprobe: int) -> Hits:
-        found = [
-            search_segment(segment, queries, min(k, segment.ntotal), nprobe=nprobe)
-            for segment in self._segments
-            if segment.ntotal
+        queries = checked_queries(queries, k, dim=self.dim, nprobe=nprobe)
+        parts = self._parts(only_image_ids, exclude_image_ids)
+        pairs = [
+            pair
+            for pair in zip(self._segments, parts, strict=True)
+            if pair[0].ntotal and not pair[1].is_empty
         ]
-        return merge_hits(found, k)
+        if not pairs or not len(queries):
+            return no_hits(len(queries))
+        faiss.omp_set_num_threads(self._threads)
+        probes = choose_lists(pairs[0][0], queries, nprobe)
+        return merge_hits([search_segment(segment, probes, k, part) for segment, part in pairs], k)
 
 
 def open_segments(
@@ -183,24 +196,27 @@ def open_segments(
 
     with ThreadPoolExecutor(NUM_FETCHERS) as fetchers:
         paths = list(fetchers.map(fetch, segments))
-    return SegmentSet(paths, nprobe=max(nprobe, 1))
+    spans = [(segment.first_image_id, segment.end_image_id) for segment in segments]
+    return SegmentSet(paths, nprobe=max(nprobe, 1), spans=spans)
 
 
 def search_images(
-    segments: SegmentSet,
+    segments: Searchable,
     query: NDArray[np.floating],
     k: int,
     *,
     exact: Exact | None,
     exclude_image_ids: NDArray[np.int64] | None = None,
+    only_image_ids: NDArray[np.int64] | None = None,
     nprobe: int | None = None,
     probes_more: bool = True,
 ) -> RankedImages:
     """The k images with the highest score: k distinct ones, or all that the index has.
 
     Candidates are the max(4k, k + 100) images that the codes rank first, and all that they rank equal to
-    the k-th. With the codec Flat and all lists looked at, the answer is that of a comparison with every
-    vector, ties included.
+    the k-th; without exact scores the k first. With the codec Flat and all lists looked at, the answer is
+    that of a comparison with every vector, ties included. So it is where a filter leaves few images: these
+    are all compared, without the index.
 
     Args:
         segments: What is searched.
@@ -208,20 +224,28 @@ def search_images(
         k: At least 1; may exceed the number of images.
         exact: Gives the stored vectors for the exact scores; None leaves the codec's scores.
         exclude_image_ids: Sorted; images that are never found.
+        only_image_ids: Sorted and distinct; no other images are found. None for all.
         nprobe: Lists looked at in each segment to begin with.
         probes_more: Look at more lists if these hold too few images. A measure of `nprobe` itself must not.
 
     Raises:
-        ValueError: k or nprobe is below 1, or the query has another dimension or a NaN.
+        ValueError: k or nprobe is below 1, the query has another dimension or a NaN, or the ids of a filter
+            are not in order.
     """
     query = np.asarray(query, np.float32)
     if query.ndim != 1 or k < 1:
         raise ValueError(f"expected one query [D] and k >= 1, got shape {list(query.shape)} and k = {k}")
+    wanted = k if exact is None else num_candidates(k)
+    if exact is not None and probes_more and only_image_ids is not None:
+        allowed = allowed_ids(only_image_ids, exclude_image_ids)
+        if len(allowed) <= max(FEW_IMAGES, wanted):
+            return _compare_all(segments, query, k, allowed, exact=exact)
     candidates, is_exhaustive = _gather(
         segments,
         query,
         k,
-        exclude_image_ids=exclude_image_ids,
+        wanted,
+        filters={"exclude_image_ids": exclude_image_ids, "only_image_ids": only_image_ids},
         nprobe=segments.nprobe if nprobe is None else nprobe,
         probes_more=probes_more,
     )
@@ -240,20 +264,28 @@ class _Ranking(NamedTuple):
         return _Ranking(self.image_ids[:k], self.slots[:k], self.scores[:k])
 
 
+def _compare_all(
+    segments: Searchable, query: NDArray[np.float32], k: int, allowed: NDArray[np.int64], *, exact: Exact
+) -> RankedImages:
+    checked_queries(query[None], k, dim=segments.dim)
+    best = _rerank(allowed, query, exact=exact).first(k)
+    return RankedImages(*best, len(best.image_ids) == k, is_exhaustive=True, num_candidates=len(allowed))
+
+
 def _gather(
-    segments: SegmentSet,
+    segments: Searchable,
     query: NDArray[np.float32],
     k: int,
+    wanted: int,
     *,
-    exclude_image_ids: NDArray[np.int64] | None,
+    filters: dict[str, NDArray[np.int64] | None],
     nprobe: int,
     probes_more: bool,
 ) -> tuple[_Ranking, bool]:
     """The candidates by the codec's scores, and whether the whole index was looked at."""
-    wanted = max(4 * k, k + 100)
     fetch = HITS_PER_IMAGE * wanted
     while True:
-        hits = segments.search(query[None], fetch, exclude_image_ids=exclude_image_ids, nprobe=nprobe)
+        hits = segments.search(query[None], fetch, nprobe=nprobe, **filters)
         images = _group(hits)
         is_drained = hits.scores.shape[1] < fetch  # nothing is left in these lists
         is_exhaustive = is_drained and nprobe >= segments.nlist

@@ -11,20 +11,31 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from for_ray.index.probe import Hits
-from for_ray.index.search import HITS_PER_IMAGE, RERANK_AT_ONCE, Exact, RankedImages, SegmentSet
+from for_ray.index.probe import Hits, Searchable, checked_queries
+from for_ray.index.search import (
+    FEW_IMAGES,
+    HITS_PER_IMAGE,
+    RERANK_AT_ONCE,
+    Exact,
+    RankedImages,
+    num_candidates,
+)
+from for_ray.index.selection import allowed_ids
 from for_ray.schema import image_ids_of
 
 
 def search_similar(
-    segments: SegmentSet,
+    segments: Searchable,
     queries: NDArray[np.floating],
     k: int,
     *,
     exact: Exact,
     exclude_image_ids: NDArray[np.int64] | None = None,
+    only_image_ids: NDArray[np.int64] | None = None,
 ) -> RankedImages:
     """The k images with the highest mean score: k distinct ones, or all that the index has.
+
+    Where a filter leaves few images, these are all compared, without the index.
 
     Args:
         segments: What is searched.
@@ -32,29 +43,47 @@ def search_similar(
         k: At least 1; may exceed the number of images.
         exact: Gives the stored vectors for the exact scores.
         exclude_image_ids: Sorted; images that are never found.
+        only_image_ids: Sorted and distinct; no other images are found. None for all.
 
     Returns:
         Best first, ties by image id; `slots` are those nearest to any of the picture's vectors.
 
     Raises:
-        ValueError: There is no query, k is below 1, or the queries have another dimension or a NaN.
+        ValueError: There is no query, k is below 1, the queries have another dimension or a NaN, or the ids
+            of a filter are not in order.
     """
     queries = np.asarray(queries, np.float32)
     if queries.ndim != 2 or not len(queries) or k < 1:
         raise ValueError(f"expected queries [Q, D] and k >= 1, got shape {list(queries.shape)} and k = {k}")
-    wanted, nprobe = max(4 * k, k + 100), segments.nprobe
-    fetch = HITS_PER_IMAGE * wanted
+    checked_queries(queries, k, dim=segments.dim)
+    wanted = num_candidates(k)
+    allowed = None if only_image_ids is None else allowed_ids(only_image_ids, exclude_image_ids)
+    if allowed is not None and len(allowed) <= max(FEW_IMAGES, wanted):
+        candidates, is_exhaustive = allowed, True
+    else:
+        filters = {"exclude_image_ids": exclude_image_ids, "only_image_ids": only_image_ids}
+        candidates, is_exhaustive = _gather(segments, queries, wanted, filters)
+    ids, slots, scores = _rank(candidates, queries, exact=exact)
+    is_complete = len(ids) >= k
+    return RankedImages(ids[:k], slots[:k], scores[:k], is_complete, is_exhaustive, len(candidates))
+
+
+def _gather(
+    segments: Searchable,
+    queries: NDArray[np.float32],
+    wanted: int,
+    filters: dict[str, NDArray[np.int64] | None],
+) -> tuple[NDArray[np.int64], bool]:
+    """Candidates, ascending ids, and whether the whole index was looked at."""
+    fetch, nprobe = HITS_PER_IMAGE * wanted, segments.nprobe
     while True:
-        hits = segments.search(queries, fetch, exclude_image_ids=exclude_image_ids, nprobe=nprobe)
+        hits = segments.search(queries, fetch, nprobe=nprobe, **filters)
         is_drained = hits.scores.shape[1] < fetch
         is_exhaustive = is_drained and nprobe >= segments.nlist
         candidates = _best_by_code(hits, wanted)
         if is_exhaustive or len(candidates) >= wanted:
-            break
+            return candidates, is_exhaustive
         fetch, nprobe = (fetch, 2 * nprobe) if is_drained else (2 * fetch, nprobe)
-    ids, slots, scores = _rank(candidates, queries, exact=exact)
-    is_complete = len(ids) >= k
-    return RankedImages(ids[:k], slots[:k], scores[:k], is_complete, is_exhaustive, len(candidates))
 
 
 def _best_by_code(hits: Hits, count: int) -> NDArray[np.int64]:
