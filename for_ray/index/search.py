@@ -174,6 +174,7 @@ def open_segments(
     segments: Sequence[Segment],
     *,
     nprobe: int,
+    threads: int = 1,
     cache_path: Path | None = None,
 ) -> SegmentSet:
     """Fetch segments and map them into memory.
@@ -183,6 +184,7 @@ def open_segments(
         fingerprint: Of the encoder that made them.
         segments: Which; at least one.
         nprobe: Lists that a search looks at in each; what a snapshot without segments says (0) counts as 1.
+        threads: See `SegmentSet`.
         cache_path: For segments of a bucket; the usual cache where None.
 
     Raises:
@@ -197,7 +199,7 @@ def open_segments(
     with ThreadPoolExecutor(NUM_FETCHERS) as fetchers:
         paths = list(fetchers.map(fetch, segments))
     spans = [(segment.first_image_id, segment.end_image_id) for segment in segments]
-    return SegmentSet(paths, nprobe=max(nprobe, 1), spans=spans)
+    return SegmentSet(paths, nprobe=max(nprobe, 1), threads=threads, spans=spans)
 
 
 def search_images(

@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from for_ray import storage
 from for_ray.errors import ConfigError, DataError
 from for_ray.index import snapshots
-from for_ray.index.search import ImageVectors, SegmentSet, open_segments
+from for_ray.index.probe import Searchable
+from for_ray.index.search import ImageVectors, open_segments
 from for_ray.index.table import open_table
 from for_ray.model.bundle import Bundle, open_bundle
 from for_ray.retrieval.asking import Search
@@ -52,6 +53,7 @@ def open_index(
     encoder: str | None = None,
     device: str = "cpu",
     cache_path: Path | None = None,
+    num_shards: int | None = None,
 ) -> OpenIndex:
     """Open a published snapshot of an index; segments in a bucket are fetched and kept on this disk.
 
@@ -61,6 +63,8 @@ def open_index(
         encoder: A bundle, or `open_clip:MODEL@PRETRAINED`, that the index must have been made with.
         device: Where queries are encoded.
         cache_path: Where segments of a bucket are kept; the user's cache folder when left out.
+        num_shards: Ray actors that the segments are shared out among, on the cluster that this process has
+            joined; in this process alone when left out.
 
     Raises:
         ConfigError: The index is of another encoder.
@@ -73,9 +77,14 @@ def open_index(
         _check_encoder(encoder, layout, snapshot)
     bundle = _open_bundle(layout, snapshot)
     images = _open_images(layout, snapshot)
-    segments = open_segments(
-        layout, snapshot.fingerprint, snapshot.segments, nprobe=snapshot.nprobe, cache_path=cache_path
-    )
+    which = (layout, snapshot.fingerprint, snapshot.segments)
+    segments: Searchable
+    if num_shards is None:
+        segments = open_segments(*which, nprobe=snapshot.nprobe, cache_path=cache_path)
+    else:
+        from for_ray.stages.shards import ShardSet  # Ray takes a second to import
+
+        segments = ShardSet(*which, nprobe=snapshot.nprobe, num_shards=num_shards, cache_path=cache_path)
     return OpenIndex(snapshot, bundle=bundle, images=images, segments=segments, device=device)
 
 
@@ -83,7 +92,7 @@ class OpenIndex:
     """One snapshot of an index, ready to be asked; threads may share it. `open_index` makes it."""
 
     def __init__(
-        self, snapshot: Snapshot, *, bundle: Bundle, images: Any, segments: SegmentSet, device: str
+        self, snapshot: Snapshot, *, bundle: Bundle, images: Any, segments: Searchable, device: str
     ) -> None:
         self.snapshot = snapshot
         self.bundle = bundle

@@ -1,0 +1,242 @@
+"""Shards: the segments of a snapshot, shared out among Ray actors and searched as one index.
+
+Each actor maps its segments into memory and answers with its best hits; the caller merges them. Plain actors:
+a question costs a message to each and one back.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import ray
+from numpy.typing import NDArray
+from ray.exceptions import GetTimeoutError, RayTaskError
+
+from for_ray.errors import ConfigError
+from for_ray.index.probe import Hits, checked_queries, merge_hits, no_hits
+from for_ray.index.search import SegmentSet, open_segments
+from for_ray.index.selection import Remembered
+from for_ray.schema import Layout, Segment
+
+QUESTIONS_AT_ONCE = 8
+"""Of one actor. FAISS's search leaves Python's lock alone, so that they run side by side."""
+
+FILTERS_KEPT = 4
+"""Filters whose selectors an actor keeps, of 32 bytes an image: a question gives the same in each round."""
+
+TASK_RETRIES = 3
+
+START_SECONDS = 1800.0
+"""For actors to start, and for each to fetch its segments: 90 GB at 100 MB/s take a quarter of an hour."""
+
+Ids = NDArray[np.int64]
+
+
+def assign_segments(segments: Sequence[Segment], num_shards: int) -> list[list[Segment]]:
+    """Segments of each shard: neighbours by image id, of about equally many bytes; none is left empty.
+
+    Args:
+        segments: Any order.
+        num_shards: At least 1; as many as there are segments at most are made.
+
+    Raises:
+        ValueError: `num_shards` is below 1.
+    """
+    if num_shards < 1:
+        raise ValueError(f"expected at least one shard, got {num_shards}")
+    ordered = sorted(segments, key=lambda segment: segment.first_image_id)
+    num_shards = min(num_shards, len(ordered))
+    shards: list[list[Segment]] = []
+    bytes_left = sum(segment.num_bytes for segment in ordered)
+    for number in range(num_shards, 0, -1):
+        most, size = len(ordered) - number + 1, 0  # each shard behind this one gets a segment
+        taken = 0
+        while taken < most and (
+            not taken or number == 1 or size + ordered[taken].num_bytes / 2 <= bytes_left / number
+        ):
+            size += ordered[taken].num_bytes
+            taken += 1
+        shards.append(ordered[:taken])
+        ordered, bytes_left = ordered[taken:], bytes_left - size
+    return shards
+
+
+class ShardSet:
+    """Shards that are searched as one index: what `SegmentSet` is in one process. Threads may share it.
+
+    An actor that dies is started again, and what it was asked is asked once more.
+
+    Args:
+        layout: The index.
+        fingerprint: Of the encoder that made the segments.
+        segments: All of a snapshot; may be none, then nothing is found.
+        nprobe: Lists that a search looks at in each segment.
+        num_shards: Actors, as many as there are segments at most.
+        threads: FAISS's threads of each for several queries at once.
+        cache_path: For segments of a bucket, on the actors' disks; the usual cache where None.
+
+    Raises:
+        ConfigError: The cluster has no room for so many.
+        DataError: A file is not what its checksum says.
+        StorageError: The store refused.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        fingerprint: str,
+        segments: Sequence[Segment],
+        *,
+        nprobe: int,
+        num_shards: int,
+        threads: int = 1,
+        cache_path: Path | None = None,
+    ) -> None:
+        shards = assign_segments(segments, num_shards) if segments else []
+        actor = ray.remote(_Shard).options(
+            num_cpus=threads,
+            max_concurrency=QUESTIONS_AT_ONCE,
+            max_restarts=-1,
+            max_task_retries=TASK_RETRIES,
+        )
+        self._actors = [
+            actor.remote(layout, fingerprint, shard, nprobe, threads, cache_path) for shard in shards
+        ]
+        self._spans = [
+            (min(each.first_image_id for each in shard), max(each.end_image_id for each in shard))
+            for shard in shards
+        ]
+        self._filters = Remembered(self._share)
+        self.nprobe = max(nprobe, 1)
+        facts = self._open()
+        self.dim = max((each.dim for each in facts), default=0)
+        self.nlist = max((each.nlist for each in facts), default=0)
+        self.num_vectors = sum(each.num_vectors for each in facts)
+
+    def search(
+        self,
+        queries: NDArray[np.floating],
+        k: int,
+        *,
+        exclude_image_ids: Ids | None = None,
+        only_image_ids: Ids | None = None,
+        nprobe: int | None = None,
+    ) -> Hits:
+        """As `SegmentSet.search`: the k best vectors of each query, of images that may be found."""
+        nprobe = self.nprobe if nprobe is None else nprobe
+        queries = checked_queries(queries, k, dim=self.dim, nprobe=nprobe)
+        filters = self._filters(only_image_ids, exclude_image_ids)
+        asked = [
+            actor.search.remote(queries, k, nprobe, each)
+            for actor, each in zip(self._actors, filters, strict=True)
+            if not each.is_empty
+        ]
+        if not asked or not len(queries):
+            return no_hits(len(queries))
+        return merge_hits(ray.get(asked), k)
+
+    def _open(self) -> list[_Facts]:
+        asked = [actor.describe.remote() for actor in self._actors]
+        try:
+            return list(ray.get(asked, timeout=START_SECONDS))
+        except GetTimeoutError:
+            self.close()
+            raise ConfigError(
+                f"{len(asked)} shards did not open within {START_SECONDS:g} s; each needs a free CPU of the "
+                "cluster, and time to fetch its segments: ask for fewer, or add nodes"
+            ) from None
+        except RayTaskError as error:
+            self.close()
+            raise error.cause from None
+
+    def close(self) -> None:
+        """End the actors."""
+        for actor in self._actors:
+            ray.kill(actor)
+
+    def _share(self, only: Ids | None, excluded: Ids | None) -> list[_Filter]:
+        """What each shard has to know of a filter: the ids that it may hold, once in Ray's object store."""
+        filters = []
+        for span in self._spans:
+            parts = [None if ids is None else _within(ids, span) for ids in (only, excluded)]
+            is_empty = parts[0] is not None and not len(parts[0])
+            shared = [None if part is None else ray.put(part) for part in parts]
+            filters.append(_Filter(shared[0], shared[1], is_empty))
+        return filters
+
+
+class _Facts(NamedTuple):
+    dim: int
+    nlist: int
+    num_vectors: int
+
+
+class _Filter(NamedTuple):
+    """References to ids in Ray's object store: those that alone may be found, and those that may not."""
+
+    only: Any
+    excluded: Any
+    is_empty: bool = False
+
+
+def _within(ids: Ids, span: tuple[int, int]) -> Ids:
+    start, stop = np.searchsorted(ids, span)
+    return np.asarray(ids, np.int64)[start:stop]
+
+
+class _Shard:
+    """The segments of one shard; an actor."""
+
+    def __init__(
+        self,
+        layout: Layout,
+        fingerprint: str,
+        segments: Sequence[Segment],
+        nprobe: int,
+        threads: int,
+        cache_path: Path | None,
+    ) -> None:
+        self._open = partial(
+            open_segments,
+            layout,
+            fingerprint,
+            segments,
+            nprobe=nprobe,
+            threads=threads,
+            cache_path=cache_path,
+        )
+        self._lock = threading.Lock()
+        self._opened: SegmentSet | None = None
+        self._filters: OrderedDict[_Filter, tuple[Ids | None, Ids | None]] = OrderedDict()
+
+    @property
+    def _segments(self) -> SegmentSet:
+        """Opened when first asked: what is wrong with a file is an answer then, and not an actor's death."""
+        with self._lock:
+            if self._opened is None:
+                self._opened = self._open()
+            return self._opened
+
+    def describe(self) -> _Facts:
+        return _Facts(self._segments.dim, self._segments.nlist, self._segments.num_vectors)
+
+    def search(self, queries: NDArray[np.float32], k: int, nprobe: int, given: _Filter) -> Hits:
+        only, excluded = self._ids(given)
+        return self._segments.search(
+            queries, k, nprobe=nprobe, only_image_ids=only, exclude_image_ids=excluded
+        )
+
+    def _ids(self, given: _Filter) -> tuple[Ids | None, Ids | None]:
+        """The very same arrays each time, so that the segments' selectors of them are made once."""
+        if given not in self._filters:
+            only, excluded = (None if ref is None else ray.get(ref) for ref in (given.only, given.excluded))
+            self._filters[given] = only, excluded
+            while len(self._filters) > FILTERS_KEPT:
+                self._filters.popitem(last=False)
+        return self._filters[given]
