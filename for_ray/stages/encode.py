@@ -29,7 +29,6 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import ray
 from ray.data import ActorPoolStrategy, DataContext, Dataset
-from ray.exceptions import RayError
 
 from for_ray.index.table import append
 from for_ray.schema import WorkTime
@@ -149,7 +148,7 @@ def encode(
                 intake.commit()
             if intake.counts.quarantined + intake.counts.skipped > most_bad:
                 break
-    except RayError as error:
+    except Exception as error:  # Ray Data raises what is no RayError, too
         crash = crash_of(error)
         if crash is None:
             raise

@@ -42,6 +42,9 @@ def crash_of(error: BaseException) -> str | None:
     )
     if isinstance(error, crashes):
         return _cause(error)
+    # An actor that waited for a node which went before it came; Ray Data raises it in several wrappings.
+    if type(error).__module__.startswith("ray.") and _NEVER_RAN in str(error):
+        return "a node went before its encoder had started"
     # A task whose input went with its node, and the actor that could make it again is no more.
     named = _named_error(error) if isinstance(error, exceptions.RayTaskError) else None
     return _cause(error) if named and named[1] == "ray.exceptions." else None
@@ -61,6 +64,9 @@ def _cause(error: BaseException) -> str:
         )
     return lines[-1] if lines else type(error).__name__
 
+
+_NEVER_RAN = "The actor never ran - it was cancelled before it started running."
+"""The last line of ray 2.60's `ActorDiedError` where no process is to blame."""
 
 _ERROR = re.compile(r"((?:\w+\.)*)(\w+(?:Error|Exception)): (.+)")
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pytest
+from ray.core.generated.common_pb2 import ActorDiedErrorContext
+from ray.data.exceptions import UserCodeException
 from ray.exceptions import (
     ActorDiedError,
     ActorUnavailableError,
@@ -14,14 +16,21 @@ from ray.exceptions import (
 from for_ray.errors import StageError, StorageError
 from for_ray.stages.failures import crash_of, failures
 
+NEVER_RAN = "The actor never ran - it was cancelled before it started running."
 ORPHANED = """Traceback (most recent call last):
   At least one of the input arguments for this task could not be computed:
 ray.exceptions.ActorDiedError: The actor died unexpectedly before finishing this task.
 \tclass_name: MapWorker
 The actor never ran - it was cancelled before it started running."""
+WRAPPED = f"Failed to process the following data block:\n{NEVER_RAN}"
 RAISED = """Traceback (most recent call last):
   File "blocks.py", line 1, in read_block
 for_ray.errors.StorageError: cannot read s3://b/k: access denied"""
+
+
+def never_started() -> ActorDiedError:
+    cause = ActorDiedErrorContext(actor_id=16 * b"a", error_message="", never_started=True)
+    return ActorDiedError(cause)
 
 
 @pytest.mark.parametrize(
@@ -29,7 +38,10 @@ for_ray.errors.StorageError: cannot read s3://b/k: access denied"""
     [
         (WorkerCrashedError(), "The worker died unexpectedly"),
         (ObjectLostError("ab" * 28, None, "here"), "lost due to node failure"),
-        (RayTaskError("write", ORPHANED, ValueError()), "The actor never ran"),
+        (RayTaskError("write", ORPHANED, ValueError()), "a node went before its encoder had started"),
+        (never_started(), "a node went before its encoder had started"),
+        (UserCodeException(WRAPPED), "a node went before its encoder had started"),
+        (RayTaskError("write", ORPHANED.replace(NEVER_RAN, "It died."), ValueError()), "It died."),
         (RayTaskError("read", RAISED, ValueError()), None),
         (ActorDiedError(), None),
         (StorageError("refused"), None),
