@@ -1,10 +1,15 @@
-"""Vectors → one immutable FAISS file. Memory: the codes of one segment, and a chunk of float32 vectors."""
+"""Vectors → one immutable FAISS file.
+
+Memory: the codec, the codes in FAISS's lists, which double as they grow (twice the segment's bytes at most),
+24 bytes a vector while ids are compared, and a chunk of float32 vectors. `plan_index` cuts segments so that
+half of a task's memory holds the codec and the lists.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -75,23 +80,41 @@ def write_segment(index: faiss.Index, path: Path) -> SegmentFile:
     Raises:
         StorageError: The disk refused to take the file.
     """
+    lists = faiss.extract_index_ivf(index).invlists
+    sizes = np.fromiter(map(lists.list_size, range(lists.nlist)), np.int64, lists.nlist)
+    return write_whole(path, sizes, lambda part: faiss.write_index(index, str(part)))
+
+
+def write_whole(path: Path, sizes: NDArray[np.int64], write: Callable[[Path], None]) -> SegmentFile:
+    """Have a segment written beside its place, which it takes when it is whole.
+
+    Args:
+        path: The place; replaced when it exists.
+        sizes: Of the segment's inverted lists [nlist].
+        write: Writes a file with this name.
+
+    Raises:
+        StorageError: The disk refused to take the file.
+    """
     part = path.with_name(path.name + ".part")
     try:
-        faiss.write_index(index, str(part))
+        write(part)
         with part.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
             os.fsync(file.fileno())
         num_bytes = part.stat().st_size
         part.replace(path)
     except (RuntimeError, OSError) as error:
-        part.unlink(missing_ok=True)
         reason = " ".join(str(error).rsplit("Error: ", 1)[-1].split())
         raise StorageError(
             f"cannot write segment {path}: {reason}; free space or choose another disk"
         ) from error
-    lists = faiss.extract_index_ivf(index).invlists
-    imbalance = float(lists.imbalance_factor()) if index.ntotal else 1.0
-    return SegmentFile(path, int(index.ntotal), num_bytes, digest, imbalance)
+    finally:
+        part.unlink(missing_ok=True)
+    num_vectors = int(sizes.sum())
+    # FAISS's imbalance factor: nlist·Σ(n_i/n)².
+    imbalance = len(sizes) * float(np.square(sizes, dtype=np.float64).sum()) / max(1, num_vectors) ** 2
+    return SegmentFile(path, num_vectors, num_bytes, digest, imbalance if num_vectors else 1.0)
 
 
 def _check_shapes(vector_ids: NDArray[np.int64], vectors: NDArray[np.floating], *, dim: int) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from for_ray.errors import DataError, StorageError
+from for_ray.errors import ConfigError, DataError, StorageError
 from for_ray.index.codec import read_codec
 from for_ray.index.merge import merge_segments
 from for_ray.index.search import SegmentSet
@@ -107,6 +109,78 @@ def test_merging_gives_the_file_that_building_at_once_gives(images, dead, build,
     assert merged.path.read_bytes() == whole.path.read_bytes()
 
 
+def in_memory(paths: Sequence[Path], dead: NDArray[np.int64], path: Path) -> bytes:
+    """What FAISS writes of an index that holds the lists of the parts behind each other."""
+    index = faiss.read_index(str(paths[0]))
+    ivf = faiss.extract_index_ivf(index)
+    lists = faiss.ArrayInvertedLists(ivf.nlist, ivf.code_size)
+    lists.this.disown()
+    ivf.replace_invlists(lists, True)
+    for number, (ids, codes) in enumerate(expected(paths, dead)):
+        if ids:
+            numbers, content = np.array(ids), np.frombuffer(b"".join(codes), np.uint8)
+            lists.add_entries(number, len(ids), faiss.swig_ptr(numbers), faiss.swig_ptr(content))
+    index.ntotal = ivf.ntotal = sum(lists.list_size(number) for number in range(lists.nlist))
+    faiss.write_index(index, str(path))
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize("is_dead", [False, True])
+@pytest.mark.parametrize("codec", CODECS)
+def test_the_file_is_what_faiss_writes(images, dead, build, codec, is_dead, tmp_path, monkeypatch):
+    monkeypatch.setattr("for_ray.index.merge.PIECE_BYTES", 100)
+    parts = build(images, codec, cuts=CUTS).paths
+    gone = dead if is_dead else NONE
+    merged = merge_segments(parts, tmp_path / "merged.faiss", dead_image_ids=gone)
+    assert merged.path.read_bytes() == in_memory(parts, gone, tmp_path / "reference.faiss")
+
+
+@pytest.mark.parametrize("num_held", range(8))
+def test_few_lists_with_vectors_are_written_as_faiss_does(images, num_held, tmp_path):
+    """Up to half of the lists are written as pairs, more as a whole; of an odd number of lists."""
+    quantizer = faiss.IndexFlatIP(16)
+    quantizer.add(images.vectors[:7].astype(np.float32))
+    index = faiss.IndexIVFFlat(quantizer, 16, 7, faiss.METRIC_INNER_PRODUCT)
+    vectors, ids = images.vectors[: 3 * num_held].astype(np.float32), images.vector_ids[: 3 * num_held]
+    numbers = np.repeat(np.arange(num_held), 3)[::-1].copy()
+    index.add_core(len(vectors), *map(faiss.swig_ptr, (vectors, ids, numbers)))
+    faiss.write_index(index, str(tmp_path / "part"))
+    merged = merge_segments([tmp_path / "part"], tmp_path / "merged", dead_image_ids=NONE)
+    assert merged.path.read_bytes() == (tmp_path / "part").read_bytes()
+    assert merged.num_vectors == 3 * num_held
+
+
+BOUNDED = """
+import resource, sys
+from pathlib import Path
+import faiss, numpy as np
+from for_ray.index.merge import merge_segments
+
+*parts, merged = map(Path, sys.argv[1:])
+dead = np.arange(0, 1 << 20, 7)
+used = next(int(line.split()[1]) << 10 for line in open("/proc/self/status") if line.startswith("VmData"))
+resource.setrlimit(resource.RLIMIT_DATA, (used + (48 << 20), -1))
+print(merge_segments(parts, merged, dead_image_ids=dead).num_vectors)
+"""
+
+
+def test_memory_does_not_grow_with_the_segments(tmp_path):
+    """Two parts of 64 MB each in two lists become one, in a process that may take 48 MB."""
+    quantizer, dim = faiss.IndexFlatIP(1024), 1024
+    quantizer.add(np.eye(2, dim, dtype=np.float32))
+    random = np.random.default_rng(0)
+    for part in range(2):
+        index = faiss.IndexIVFFlat(quantizer, dim, 2, faiss.METRIC_INNER_PRODUCT)
+        ids = 256 * (np.arange(1 << 14) + (part << 14))
+        index.add_with_ids(random.random((1 << 14, dim), np.float32), ids)
+        faiss.write_index(index, str(tmp_path / f"part-{part}"))
+    paths = [str(tmp_path / name) for name in ("part-0", "part-1", "merged")]
+    done = subprocess.run(
+        [sys.executable, "-c", BOUNDED, *paths], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout.strip()) == (0, str((1 << 15) - -(-(1 << 15) // 7))), done.stderr
+
+
 def test_what_is_returned_is_what_is_there(images, build, tmp_path):
     parts = build(images, "IVF8,SQ8", cuts=CUTS).paths
     path = tmp_path / "merged.faiss"
@@ -190,3 +264,20 @@ def test_a_disk_that_gets_full_leaves_no_half_file(images, build, tmp_path, monk
         merge_segments(parts, path, dead_image_ids=NONE)
     assert path.read_bytes() == b"what was there"
     assert list(tmp_path.glob("*.part")) == []
+
+
+def test_a_faiss_that_writes_in_another_way_is_refused(images, build, tmp_path, monkeypatch):
+    parts = build(images, "IVF8,SQ8", cuts=(70,)).paths
+    write = faiss.write_index
+
+    def write_more(index: faiss.Index, name: str) -> None:
+        write(index, name)
+        with Path(name).open("ab") as file:
+            file.write(b"more")
+
+    monkeypatch.setattr(faiss, "write_index", write_more)
+    with pytest.raises(
+        ConfigError, match=r"faiss 1\.\S+ writes inverted lists in another way than faiss 1\.15"
+    ):
+        merge_segments(parts, tmp_path / "merged", dead_image_ids=NONE)
+    assert sorted(path.name for path in tmp_path.glob("merged*")) == []
