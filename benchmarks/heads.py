@@ -41,10 +41,11 @@ class ValSplit(NamedTuple):
     relevant: NDArray[np.bool_]
 
 
-def draw_val_split(folder: Path, num_images: int) -> ValSplit:
-    """Draw the data set into an empty folder and read its annotations."""
+def draw_val_split(folder: Path, num_images: int, *, split: str = "val", seed: int | None = None) -> ValSplit:
+    """Draw the data set, or its other split, into an empty folder and read its annotations."""
     module = [sys.executable, "-m", "for_ray.datasets.picturebook"]
-    wanted = ["--out", str(folder), "--images", str(num_images), "--split", "val"]
+    wanted = ["--out", str(folder), "--images", str(num_images), "--split", split]
+    wanted += [] if seed is None else ["--seed", str(seed)]
     subprocess.run([*module, *wanted], check=True, stdout=sys.stderr)
     coco = json.loads((folder / "annotations.json").read_text("utf-8"))
     row = {category["id"]: position for position, category in enumerate(coco["categories"])}
