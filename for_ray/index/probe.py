@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from for_ray.errors import DataError
-from for_ray.index.selection import Part, is_among
+from for_ray.index.selection import Part
 from for_ray.schema import image_ids_of
 
 
@@ -147,11 +147,6 @@ def _drop(hits: Hits, is_dropped: NDArray[np.bool_]) -> Hits:
     return _take(Hits(scores, vector_ids), np.argsort(vector_ids < 0, axis=1, kind="stable"))
 
 
-def drop_images(hits: Hits, image_ids: NDArray[np.int64]) -> Hits:
-    """Turn hits of these images, sorted, into "none" and move those behind the others."""
-    return _drop(hits, is_among(image_ids_of(hits.vector_ids), image_ids))
-
-
 def trim_hits(hits: Hits, k: int) -> Hits:
     """The first k columns, without those in which no query has a hit."""
     width = min(k, int((hits.vector_ids >= 0).sum(axis=1).max(initial=0)))
@@ -169,7 +164,21 @@ def merge_hits(found: Sequence[Hits], k: int) -> Hits:
     vector_ids = np.concatenate([hits.vector_ids for hits in found], axis=1)
     # FAISS gives "none" the lowest float32.
     scores[vector_ids < 0] = -np.inf
-    return trim_hits(_take(Hits(scores, vector_ids), np.lexsort((vector_ids, -scores), axis=1)), k)
+    best = _best_columns(Hits(scores, vector_ids), k)
+    return trim_hits(_take(best, np.lexsort((best.vector_ids, -best.scores), axis=1)), k)
+
+
+def _best_columns(hits: Hits, k: int) -> Hits:
+    """The k best of each query, and all that tie with the last of them, in no order.
+
+    Many segments give many times k hits, and to sort them all would take longer than to find them.
+    """
+    num_hits = hits.scores.shape[1]
+    if num_hits <= k:
+        return hits
+    last = np.partition(hits.scores, num_hits - k, axis=1)[:, num_hits - k, None]
+    num_kept = int((hits.scores >= last).sum(axis=1).max())
+    return _take(hits, np.argpartition(hits.scores, num_hits - num_kept, axis=1)[:, num_hits - num_kept :])
 
 
 def _take(hits: Hits, order: NDArray[np.int64]) -> Hits:

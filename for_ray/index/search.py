@@ -35,8 +35,9 @@ from for_ray.storage import local_copy
 CODE_NOISE = 1e-5
 """By how much FAISS's float32 sums of one and the same vector may differ, with a wide margin."""
 
-HITS_PER_IMAGE = 4
-"""Hits that are fetched at first for each image wanted; images with more of them cost another round."""
+HITS_PER_IMAGE = 2
+"""Hits that are fetched at first for each image wanted; images with more of them cost another round. Of
+3,000 pages of the picture book the first 200 have 1.06 hits each, at the 99th percentile of 160 names."""
 
 FEW_IMAGES = 2000
 """Images that a filter leaves, so many or fewer, are all compared exactly, without the index."""
