@@ -2,7 +2,7 @@
 
     <index>/encoder-<fingerprint>/bundle/        the encoder; enough to search
     <index>/encoder-<fingerprint>/images.lance   one row an image
-    <index>/encoder-<fingerprint>/segments/      codec-<id>.faiss, segment-<id>.faiss
+    <index>/encoder-<fingerprint>/segments/      codec-<id>.faiss, segment-<id>.faiss, draft
     <index>/encoder-<fingerprint>/queries.npy    what recall is measured with
     <index>/snapshots.lance                      one row a published snapshot
     <index>/lease.json                           who writes now
@@ -555,6 +555,10 @@ class Layout:
     def segment_uri(self, fingerprint: str, file_name: str) -> str:
         """A segment or a codec."""
         return f"{self.encoder_uri(fingerprint)}/segments/{file_name}"
+
+    def draft_uri(self, fingerprint: str) -> str:
+        """What a run has built and not published yet."""
+        return self.segment_uri(fingerprint, "draft")
 
     def work_uri(self, run_id: str) -> str:
         """What a run hands to its workers."""

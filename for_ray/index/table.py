@@ -316,10 +316,14 @@ def sweep_versions(table_uri: str, kept: Iterable[int]) -> None:
         table.cleanup_old_versions(older_than=datetime.timedelta(0), error_if_tagged_old_versions=False)
 
 
-def count_held(table: Any, first: int) -> Spread:
-    """Count the images with an id of at least `first`, by their boxes: fewer bytes than their vectors."""
+def count_held(table: Any, first: int, end: int | None = None) -> Spread:
+    """Count the images with `first` <= id < `end`, by their boxes: fewer bytes than their vectors.
+
+    All from `first` on where there is no end.
+    """
     held = Spread(first)
-    for batch in _scan(table, ["boxes"], with_row_id=True, filter=f"_rowid >= {first}"):
+    predicate = f"_rowid >= {first}" + ("" if end is None else f" AND _rowid < {end}")
+    for batch in _scan(table, ["boxes"], with_row_id=True, filter=predicate):
         counts = pc.fill_null(pc.list_value_length(batch["boxes"]), 0)
         held.add(batch["_rowid"].to_numpy().astype(np.int64), counts.to_numpy().astype(np.int64))
     return held

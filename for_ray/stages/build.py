@@ -1,7 +1,8 @@
 """Build: new rows of `images.lance` → immutable FAISS segments on one trained codec, one Ray task each.
 
 The driver holds ids and records only; vectors go from the table to a task and from there to the store. A task
-that is retried writes the same file again; files of a run that died carry its id, and nothing refers to them.
+that is retried writes the same file again. Whenever a segment is done it is noted in the draft, so that a run
+that dies is gone on from.
 """
 
 from __future__ import annotations
@@ -18,12 +19,13 @@ from numpy.typing import NDArray
 from for_ray.errors import StageError
 from for_ray.index.changes import GoneImages, find_gone
 from for_ray.index.codec import codec_record, codec_to_bytes, train_codec
+from for_ray.index.drafts import find_draft, write_draft
 from for_ray.index.growth import list_imbalance, why_retrain
 from for_ray.index.plan import DEFAULT_MEMORY_BYTES, IndexPlan, plan_index
 from for_ray.index.segment import build_segment
 from for_ray.index.table import count_held, open_version, read_vectors, take_vectors
 from for_ray.schema import Codec, Segment, Snapshot
-from for_ray.stages.built import Built
+from for_ray.stages.built import Built, collect, draft_of
 from for_ray.stages.cluster import Cluster
 from for_ray.stages.ranges import RangeJob
 from for_ray.storage import local_copy, upload, write_bytes
@@ -54,7 +56,8 @@ def update_segments(
     """Build what the last snapshot's segments lack; all of them where its codec does not do any more.
 
     What costs is what changed since the base, which may be any published state: images that are gone since
-    then are counted as dead where they lie, images behind its last segment are new.
+    then are counted as dead where they lie, images behind its last segment are new. What a run that died has
+    built on the same base is not built again.
 
     Args:
         job: What the tasks have to know.
@@ -71,61 +74,127 @@ def update_segments(
     """
     images = job.open_table()
     dim = images.schema.field("vectors").type.value_type.list_size
-    codec, segments, deleted = _carry_over(images, base) if base else _nothing()
-    added = count_held(images, max((segment.end_image_id for segment in segments), default=0))
-    num_vectors = _num_live(segments) + added.num_vectors
-    plan = plan_index(num_vectors, dim, codec=wanted, target_recall=floor, memory_bytes=memory_bytes)
-    if not plan.num_vectors:
-        return Built(*_nothing(codec), 0, 1, is_new=False, vectors_per_segment=plan.vectors_per_segment)
-    recall, reason = base.recall_at_50 if base else None, None
-    if codec is not None:
-        reason = why_retrain(codec, plan, segments, wanted=wanted, recall=recall, floor=floor)
+    for kept in _starts(job, images, base):
+        added = [count_held(images, *gap) for gap in kept.gaps()]
+        num_vectors = kept.num_live + sum(each.num_vectors for each in added)
+        plan = plan_index(num_vectors, dim, codec=wanted, target_recall=floor, memory_bytes=memory_bytes)
+        reason = kept.why_retrain(plan, wanted=wanted, floor=floor)
+        if reason is None:
+            break
+    built = Built(
+        codec=kept.codec,
+        segments=[],
+        deleted=kept.deleted[:0],
+        num_vectors=num_vectors,
+        nprobe=max(1, plan.nprobe),
+        is_new=False,
+        vectors_per_segment=plan.vectors_per_segment,
+        retrained=reason or kept.retrained,
+        base_id=base.snapshot_id if base else None,
+    )
+    if not num_vectors:
+        return built
+    codec = kept.codec
     if codec is None or reason is not None:
         codec = _train_on(cluster, job, plan, wanted=wanted)
-        _, segments, deleted = _nothing()
-        added = count_held(images, 0)
-    new = _build_all(cluster, job, codec, added.cut(plan.vectors_per_segment), on_progress=on_progress)
-    num_vectors = _num_live(segments) + added.num_vectors
-    segments = segments + new
-    if _num_live(segments) != num_vectors:
-        message = f"segments hold {_num_live(segments)} vectors of {num_vectors}; run again"
-        raise StageError("build", message)
-    return Built(
-        codec=_described(codec, segments, wanted=wanted),
-        segments=segments,
-        deleted=deleted,
-        num_vectors=num_vectors,
-        nprobe=plan.nprobe,
-        is_new=bool(new),
-        vectors_per_segment=plan.vectors_per_segment,
-        retrained=reason,
-    )
+        kept, added = _nothing(codec), [count_held(images, 0)]
+    built = built._replace(codec=codec, segments=kept.segments, deleted=kept.deleted, is_new=kept.is_new)
+    ranges = [edges for each in added for edges in each.cut(plan.vectors_per_segment)]
+    built = _build_all(cluster, job, built, ranges, first_new=kept.first_new, on_progress=on_progress)
+    if (found := sum(segment.num_live for segment in built.segments)) != num_vectors:
+        raise StageError("build", f"segments hold {found} vectors of {num_vectors}; run again")
+    return built._replace(codec=_described(codec, built.segments, wanted=wanted))
 
 
 class _Kept(NamedTuple):
-    """Of a base: its codec, its segments, and the ids of images that are dead in them, ascending."""
+    """What is gone on from.
+
+    Attributes:
+        codec: None where there is none yet.
+        segments: On it, by image id.
+        deleted: Ids of images that are dead in them; ascending.
+        first_new: From this image id on, what no segment covers is to be built.
+        recall: As last measured with these segments; None where it was not.
+        is_new: Whether a run that was not published has built some of them.
+        retrained: Why it trained the codec anew.
+    """
 
     codec: Codec | None
     segments: list[Segment]
     deleted: NDArray[np.int64]
+    first_new: int = 0
+    recall: float | None = None
+    is_new: bool = False
+    retrained: str | None = None
+
+    @property
+    def num_live(self) -> int:
+        """Vectors that searches may find."""
+        return sum(segment.num_live for segment in self.segments)
+
+    def gaps(self) -> list[tuple[int, int | None]]:
+        """The ranges of image ids that are to be built; the last one has no end."""
+        gaps: list[tuple[int, int | None]] = []
+        start = self.first_new
+        for segment in self.segments:
+            if segment.first_image_id > start:
+                gaps.append((start, segment.first_image_id))
+            start = max(start, segment.end_image_id)
+        return [*gaps, (start, None)]
+
+    def why_retrain(self, plan: IndexPlan, *, wanted: str | None, floor: float) -> str | None:
+        """As `growth.why_retrain`; None where there is no codec, or nothing that it is for."""
+        if self.codec is None or not plan.num_vectors:
+            return None
+        return why_retrain(self.codec, plan, self.segments, wanted=wanted, recall=self.recall, floor=floor)
 
 
 def _nothing(codec: Codec | None = None) -> _Kept:
     return _Kept(codec, [], np.empty(0, np.int64))
 
 
-def _carry_over(images: Any, base: Snapshot) -> _Kept:
-    """The base as the table sees it now: what has left the table since then is dead."""
-    if _num_live(base.segments) != base.num_vectors:
-        # A snapshot that does not say how much of its segments is dead: they are built again.
-        return _nothing(base.codec)
-    before = open_version(images, base.images_version)
-    if before is None:  # nobody knows any more what has left the table since then
-        return _nothing(base.codec)
+def _starts(job: RangeJob, images: Any, base: Snapshot | None) -> Iterator[_Kept]:
+    """What can be gone on from, the best first: what a run that died has built, the base, or nothing."""
+    draft = find_draft(job.layout, job.fingerprint, base_id=base.snapshot_id if base else None)
+    if draft is not None:
+        record = draft.record
+        kept = _carry_over(images, record.segments, draft.deleted, version=record.images_version)
+        if kept is not None:
+            if base and base.codec and base.codec.codec_id == record.codec.codec_id:
+                kept = kept._replace(recall=base.recall_at_50)
+            yield kept._replace(
+                codec=record.codec,
+                first_new=record.first_new,
+                is_new=record.is_new,
+                retrained=record.retrained,
+            )
+    yield _from_snapshot(images, base) if base else _nothing()
+
+
+def _from_snapshot(images: Any, base: Snapshot) -> _Kept:
+    carried = None
+    # A snapshot that does not say how much of its segments is dead: they are built again.
+    if sum(segment.num_live for segment in base.segments) == base.num_vectors:
+        deleted = np.asarray(base.deleted_image_ids, np.int64)
+        carried = _carry_over(images, base.segments, deleted, version=base.images_version)
+    kept = carried or _nothing()
+    end = max((segment.end_image_id for segment in kept.segments), default=0)
+    return kept._replace(codec=base.codec, first_new=end, recall=base.recall_at_50)
+
+
+def _carry_over(
+    images: Any, segments: Sequence[Segment], deleted: NDArray[np.int64], *, version: int
+) -> _Kept | None:
+    """Segments as the table sees them now: what has left it since a version of it is dead.
+
+    None where nobody knows any more what has: the version is lost.
+    """
+    before = open_version(images, version)
+    if before is None:
+        return None
     gone = find_gone(before, images)
-    segments, is_inside = _count_dead(base.segments, gone)
-    known = np.asarray(base.deleted_image_ids, np.int64)
-    return _Kept(base.codec, segments, np.union1d(known, gone.image_ids[is_inside]))
+    counted, is_inside = _count_dead(segments, gone)
+    return _Kept(None, counted, np.union1d(deleted, gone.image_ids[is_inside]))
 
 
 def _count_dead(segments: Sequence[Segment], gone: GoneImages) -> tuple[list[Segment], NDArray[np.bool_]]:
@@ -138,10 +207,6 @@ def _count_dead(segments: Sequence[Segment], gone: GoneImages) -> tuple[list[Seg
         num_dead = segment.num_dead + int(gone.num_vectors[first:end].sum())
         counted.append(segment.model_copy(update={"num_dead": num_dead}))
     return counted, is_inside
-
-
-def _num_live(segments: Sequence[Segment]) -> int:
-    return sum(segment.num_live for segment in segments)
 
 
 def _described(codec: Codec, segments: Sequence[Segment], *, wanted: str | None) -> Codec:
@@ -164,25 +229,31 @@ def _train_on(cluster: Cluster, job: RangeJob, plan: IndexPlan, *, wanted: str |
 def _build_all(
     cluster: Cluster,
     job: RangeJob,
-    codec: Codec,
+    built: Built,
     ranges: list[tuple[int, int]],
     *,
+    first_new: int,
     on_progress: Callable[[int], None],
-) -> list[Segment]:
-    """A segment of each range of image ids, one task each; those that have vectors, by image id."""
+) -> Built:
+    """With a segment of each range of image ids that has vectors, one task each; kept as they come."""
     if not ranges:
-        return []
+        return built
     cpus = cluster.task_cpus
     task = ray.remote(_build).options(
         num_cpus=cpus, memory=cluster.task_memory_bytes, max_retries=TASK_RETRIES
     )
-    running = [task.remote(job, codec, first, end, cpus) for first, end in ranges]
-    waiting = list(running)
-    while waiting:
-        _, waiting = ray.wait(waiting, timeout=10)
-        on_progress(len(running) - len(waiting))
-    segments = [Segment.model_validate(record) for record in ray.get(running)]
-    return [segment for segment in segments if segment.num_vectors]
+
+    def keep(record: dict[str, Any] | None) -> None:
+        nonlocal built
+        segments = [*built.segments, Segment.model_validate(record)] if record else built.segments
+        segments = sorted(segments, key=lambda segment: segment.first_image_id)
+        built = built._replace(segments=segments, is_new=True)
+        write_draft(job.layout, job.fingerprint, draft_of(job, built, first_new=first_new))
+
+    keep(None)  # the codec, which may have taken long to train
+    running = [task.remote(job, built.codec, first, end, cpus) for first, end in ranges]
+    collect(running, on_done=lambda _, record: keep(record), on_progress=on_progress)
+    return built
 
 
 def draw_vectors(table: Any, count: int) -> NDArray[np.float32]:
@@ -229,7 +300,8 @@ def _train(job: RangeJob, plan: IndexPlan, threads: int, wanted: str | None) -> 
     return codec.model_dump()
 
 
-def _build(job: RangeJob, codec: Codec, first: int, end: int, threads: int) -> dict[str, Any]:
+def _build(job: RangeJob, codec: Codec, first: int, end: int, threads: int) -> dict[str, Any] | None:
+    """The record of the range's segment; None where it has no vectors. `threads` are the task's CPUs."""
     table = job.open_table()
     name = f"segment-{job.run_id}-{first:012d}.faiss"
     num_read = 0
@@ -243,10 +315,14 @@ def _build(job: RangeJob, codec: Codec, first: int, end: int, threads: int) -> d
     codec_path = local_copy(job.layout.segment_uri(job.fingerprint, codec.file_name), sha256=codec.sha256)
     with tempfile.TemporaryDirectory(prefix="for-ray-") as folder:
         built = build_segment(codec_path, batches(), Path(folder) / name, threads=threads)
-        if built.num_vectors != num_read:
-            raise StageError(
-                "build", f"{name} holds {built.num_vectors} vectors of the {num_read} that were read"
+        num_held = count_held(table, first, end).num_vectors
+        if not built.num_vectors == num_read == num_held:
+            message = (
+                f"{name} holds {built.num_vectors} vectors, {num_read} were read of {num_held}; run again"
             )
+            raise StageError("build", message)
+        if not num_read:
+            return None
         upload(built.path, job.layout.segment_uri(job.fingerprint, name))
     return Segment(
         segment_id=name.removesuffix(".faiss").removeprefix("segment-"),

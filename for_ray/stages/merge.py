@@ -1,7 +1,11 @@
 """Merge: segments that are too small or too dead → fewer, without gone images, one Ray task each.
 
 The driver holds records and the ids of gone images. A task that is retried writes the same file again; the
-old files stay where they are, for snapshots that name them.
+old files stay where they are, for snapshots that name them. Whenever a segment is done it is noted in the
+draft, so that a run that dies is gone on from.
+
+What a task holds in memory does not grow with the segments (see `index.merge`). A merged one has no more than
+a build may hold since searches fetch segments whole, and the task needs disk for twice its bytes.
 """
 
 from __future__ import annotations
@@ -17,11 +21,12 @@ import ray
 from numpy.typing import NDArray
 
 from for_ray.errors import StageError
+from for_ray.index.drafts import write_draft
 from for_ray.index.merge import merge_segments
 from for_ray.index.search import NUM_FETCHERS
 from for_ray.index.tiers import choose_merges
 from for_ray.schema import Segment
-from for_ray.stages.built import Built
+from for_ray.stages.built import Built, collect, draft_of
 from for_ray.stages.cluster import Cluster
 from for_ray.stages.ranges import RangeJob
 from for_ray.storage import local_copy, upload
@@ -47,39 +52,36 @@ def merge_small(
     """
     live = [segment for segment in built.segments if segment.num_live]
     runs = choose_merges(live, most_vectors=built.vectors_per_segment)
-    merged = _merge_all(cluster, job, runs, built.deleted, on_progress=on_progress)
-    rewritten = {segment.segment_id for run in runs for segment in run}
-    kept = [segment for segment in live if segment.segment_id not in rewritten]
-    return built._replace(
-        segments=sorted(kept + merged, key=lambda segment: segment.first_image_id),
-        deleted=np.concatenate([built.deleted[:0], *(_within(built.deleted, [each]) for each in kept)]),
-    )
+    built = _with_segments(built, live)
+    if not runs:
+        return built
+    # Copying is not what FAISS has threads for.
+    task = ray.remote(_merge).options(num_cpus=1, memory=cluster.task_memory_bytes, max_retries=TASK_RETRIES)
+    end = max(segment.end_image_id for segment in live)
+
+    def replace(place: int, record: dict[str, Any]) -> None:
+        nonlocal built
+        parts = {segment.segment_id for segment in runs[place]}
+        segments = [segment for segment in built.segments if segment.segment_id not in parts]
+        built = _with_segments(built, [*segments, Segment.model_validate(record)])
+        write_draft(job.layout, job.fingerprint, draft_of(job, built, first_new=end))
+
+    running = [task.remote(job, run, _within(built.deleted, run)) for run in runs]
+    collect(running, on_done=replace, on_progress=on_progress)
+    return built
+
+
+def _with_segments(built: Built, segments: Sequence[Segment]) -> Built:
+    """These segments instead, by image id, and of the deleted images those that are dead in them."""
+    segments = sorted(segments, key=lambda segment: segment.first_image_id)
+    dead = [_within(built.deleted, [each]) for each in segments if each.num_dead]
+    return built._replace(segments=segments, deleted=np.concatenate([built.deleted[:0], *dead]))
 
 
 def _within(image_ids: NDArray[np.int64], run: Sequence[Segment]) -> NDArray[np.int64]:
     """Those of the ascending ids that neighbouring segments cover."""
     first, end = np.searchsorted(image_ids, (run[0].first_image_id, run[-1].end_image_id))
     return image_ids[first:end]
-
-
-def _merge_all(
-    cluster: Cluster,
-    job: RangeJob,
-    runs: Sequence[list[Segment]],
-    deleted: NDArray[np.int64],
-    *,
-    on_progress: Callable[[int], None],
-) -> list[Segment]:
-    if not runs:
-        return []
-    # Copying is not what FAISS has threads for.
-    task = ray.remote(_merge).options(num_cpus=1, memory=cluster.task_memory_bytes, max_retries=TASK_RETRIES)
-    running = [task.remote(job, run, _within(deleted, run)) for run in runs]
-    waiting = list(running)
-    while waiting:
-        _, waiting = ray.wait(waiting, timeout=10)
-        on_progress(len(running) - len(waiting))
-    return [Segment.model_validate(record) for record in ray.get(running)]
 
 
 def _merge(job: RangeJob, run: list[Segment], dead_image_ids: NDArray[np.int64]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from collections.abc import Container, Sequence
 from typing import NamedTuple
 
 from for_ray.index import snapshots
+from for_ray.index.drafts import find_draft
 from for_ray.index.table import sweep_versions
 from for_ray.schema import Codec, Layout, Segment
 from for_ray.storage import (
@@ -35,10 +36,11 @@ class Swept(NamedTuple):
 def sweep(layout: Layout, lease: Lease, *, keep_snapshots: int, keep_days: float) -> Swept:
     """Expire snapshots, then delete what none of the kept ones names: segments, codecs, versions of tables.
 
-    Only runs make such files and only the holder of the lease runs, so that none of them is still wanted. A
-    search opens what a snapshot names, and every kept snapshot counts here, not the last one alone. An
-    encoder goes as a whole when its last snapshot expires; one that never published is left alone, since a
-    run may have died while it built it. What runs hand to their workers goes too.
+    Only runs make such files and only the holder of the lease runs, so that none of them is still wanted, but
+    for what the draft of a run that failed names: the next run goes on from it. A search opens what a
+    snapshot names, and every kept snapshot counts here, not the last one alone. An encoder goes as a whole
+    when its last snapshot expires; one that never published is left alone, since a run may have died while it
+    built it. What runs hand to their workers goes too.
 
     Args:
         layout: The index.
@@ -121,12 +123,20 @@ class _Needed(NamedTuple):
 
 
 def _needed(layout: Layout) -> dict[str, _Needed]:
-    """What all snapshots name, by their encoders; one record is in memory at a time."""
+    """What all snapshots and drafts name, by their encoders; one record is in memory at a time."""
     needed: defaultdict[str, _Needed] = defaultdict(lambda: _Needed(set(), set()))
+    latest: defaultdict[str, int] = defaultdict(int)
     for snapshot in snapshots.list_snapshots(layout):
+        latest[snapshot.fingerprint] = max(latest[snapshot.fingerprint], snapshot.snapshot_id)
         parts: list[Segment | Codec] = [*snapshot.segments, *([snapshot.codec] if snapshot.codec else [])]
         needed[snapshot.fingerprint].file_names.update(part.file_name for part in parts)
         needed[snapshot.fingerprint].versions.add(snapshot.images_version)
+    for fingerprint, base_id in latest.items():
+        draft = find_draft(layout, fingerprint, base_id=base_id)
+        if draft is not None:
+            draft_name = layout.draft_uri(fingerprint).rpartition("/")[2]
+            needed[fingerprint].file_names.update(draft.record.file_names, {draft_name})
+            needed[fingerprint].versions.add(draft.record.images_version)
     return needed
 
 

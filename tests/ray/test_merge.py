@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,12 +12,14 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from for_ray.errors import StageError
+from for_ray.errors import StageError, StorageError
 from for_ray.index import table
+from for_ray.index.drafts import write_draft
+from for_ray.index.plan import DEFAULT_MEMORY_BYTES
 from for_ray.index.search import Hits, SegmentSet
 from for_ray.index.segment import build_segment
 from for_ray.index.tiers import MOST_DEAD_SHARE
-from for_ray.schema import Layout, Snapshot, image_ids_of, images_schema
+from for_ray.schema import Layout, Segment, Snapshot, image_ids_of, images_schema
 from for_ray.stages.build import update_segments
 from for_ray.stages.built import Built
 from for_ray.stages.cluster import Cluster
@@ -71,7 +74,9 @@ class Nights:
         version = table.version_of(self.images)
         return RangeJob(self.layout.index_uri, "f", version, f"run{self.num_nights}")
 
-    def build(self, base: Snapshot | None, *, most: int | None = None) -> Built:
+    def build(
+        self, base: Snapshot | None, *, most: int | None = None, memory_bytes: int = DEFAULT_MEMORY_BYTES
+    ) -> Built:
         self.num_nights += 1
         built = update_segments(
             self.job,
@@ -79,6 +84,7 @@ class Nights:
             cluster=self.cluster,
             wanted=self.wanted,
             floor=0.9,
+            memory_bytes=memory_bytes,
             on_progress=lambda _: None,
         )
         return built if most is None else built._replace(vectors_per_segment=most)
@@ -293,3 +299,110 @@ def test_a_merge_that_does_not_add_up_is_not_written(nights):
     with pytest.raises(StageError, match=r"holds 220 vectors, its parts have 221 live ones; .*--verify"):
         _merge(nights.job, [wrong, *built.segments[1:]], np.array(built.deleted))
     assert sorted(nights.path("").iterdir()) == before
+
+
+class Died(BaseException):
+    """The driver ends here."""
+
+
+def die_after(number: int, module: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next run's driver dies when this stage has noted so many segments in the draft."""
+    noted = itertools.count(1)
+
+    def note(*given: object) -> None:
+        write_draft(*given)
+        if next(noted) == number:
+            raise Died
+
+    monkeypatch.setattr(f"for_ray.stages.{module}.write_draft", note)
+
+
+def runs_of(segments: list[Segment]) -> list[str]:
+    """The run that has written each segment."""
+    return [segment.segment_id.partition("-")[0] for segment in segments]
+
+
+def test_a_build_that_died_is_gone_on_from(nights, tmp_path, monkeypatch):
+    """Images come and go meanwhile, and a task may hold more: what is built stays, the rest is cut anew."""
+    nights.change(new=400)
+    die_after(1 + 2, "build", monkeypatch)
+    with pytest.raises(Died):
+        nights.build(None, memory_bytes=1 << 16)
+    monkeypatch.undo()
+    codec_path = next(nights.path("").glob("codec-*"))
+    trained = codec_path.stat().st_mtime_ns
+    nights.change(new=30, gone=list(range(0, 400, 7)))
+    built = nights.build(None, memory_bytes=1 << 17)
+    assert runs_of(built.segments).count("run1") == 2
+    assert {"run1", "run2"} == set(runs_of(built.segments))
+    assert (built.is_new, codec_path.stat().st_mtime_ns) == (True, trained)
+    assert 0 < len(built.deleted) < 58
+    merged = merge_small(nights.job, built._replace(vectors_per_segment=400), cluster=nights.cluster)
+    nights.check(nights.publish(merged), tmp_path)
+
+
+def test_a_merge_that_died_is_gone_on_from(nights, tmp_path, monkeypatch):
+    nights.change(new=240)
+    first = nights.publish(nights.build(None, memory_bytes=1 << 16))
+    assert len(first.segments) == 3
+    nights.change(new=20, gone=list(range(0, 240, 3)))  # a third of each is dead
+    built = nights.build(first, most=400)
+    die_after(1, "merge", monkeypatch)
+    with pytest.raises(Died):
+        merge_small(nights.job, built, cluster=nights.cluster)
+    monkeypatch.undo()
+    again = nights.build(first, most=400)
+    assert again.is_new
+    assert len(runs_of(again.segments)) == len(built.segments)
+    assert runs_of(again.segments).count("run2") == 1 + 1  # what it built, and what it merged
+    nights.change(new=0, gone=[1, 100, 200])
+    again = nights.build(first, most=400)
+    merged = merge_small(nights.job, again, cluster=nights.cluster)
+    assert runs_of(merged.segments).count("run2") == 1 + 1
+    assert set(runs_of(merged.segments)) == {"run2", "run4"}
+    nights.check(nights.publish(merged), tmp_path)
+
+
+def test_what_died_is_left_alone_where_it_is_not_what_is_wanted(nights, tmp_path, monkeypatch):
+    nights.change(new=60)
+    first, _ = nights.run(None)
+    nights.change(new=60)
+    wanted, nights.wanted = nights.wanted, "IVF,Flat"
+    die_after(1, "build", monkeypatch)
+    with pytest.raises(Died):
+        nights.build(first)
+    monkeypatch.undo()
+    nights.wanted = wanted
+    built = nights.build(first)
+    assert (built.retrained, built.codec.codec_id) == (None, first.codec.codec_id)
+    assert runs_of(built.segments) == ["run1", "run3"]
+    snapshot = nights.publish(built)
+    nights.check(snapshot, tmp_path)
+    nights.change(new=10)
+    after = nights.build(snapshot)  # the draft was of the one before
+    assert runs_of(after.segments) == ["run1", "run3", "run4"]
+
+
+def test_a_draft_whose_table_is_lost_is_passed_over(nights, tmp_path):
+    nights.change(new=60)
+    first, _ = nights.run(None)
+    nights.change(new=60)
+    nights.build(first)
+    nights.change(new=0, gone=[70])
+    table.sweep_versions(nights.images.uri, [first.images_version])
+    built = nights.build(first)
+    assert runs_of(built.segments) == ["run1", "run3"]
+    nights.check(nights.publish(built), tmp_path)
+
+
+def test_a_task_that_fails_leaves_what_the_others_did(nights, tmp_path, monkeypatch):
+    """Of three segments the second cannot be written: its place is taken."""
+    nights.change(new=240)
+    blocked = nights.path("segment-run1-000000000080.faiss")
+    blocked.mkdir(parents=True)
+    with pytest.raises(StorageError, match="segment-run1-000000000080"):
+        nights.build(None, memory_bytes=1 << 16)
+    blocked.rmdir()
+    built = nights.build(None, memory_bytes=1 << 16)
+    assert runs_of(built.segments) == ["run1", "run2", "run1"]
+    nights.check(nights.publish(built), tmp_path)

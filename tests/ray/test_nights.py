@@ -293,6 +293,23 @@ def test_nights_that_publish_nothing_are_swept_too(nights: Nights, monkeypatch: 
     assert nights.found() == found
 
 
+def test_what_a_run_that_failed_has_built_is_not_built_again(
+    nights: Nights, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nights.draw(range(60, 70))
+    with monkeypatch.context() as patched:
+        patched.setattr("for_ray.pipeline.index_write.IndexWriter._verify", lose_lease)
+        with pytest.raises(StageError, match="lost"):
+            nights.run()
+    built = set(nights.index.glob("encoder-*/segments/segment-*"))
+    assert len(built) == 2
+    after = nights.run()
+    assert (after.new, after.indexed, after.snapshot) == (0, 70, 2)
+    assert set(nights.index.glob("encoder-*/segments/segment-*")) == built
+    assert nights.found() == nights.listed()
+    assert list(nights.index.glob("encoder-*/segments/draft")) == []
+
+
 def test_verify_says_what_is_wrong_and_ends_with_1(nights: Nights) -> None:
     assert nights.command(verify=True) == (0, [])
     (segment,) = nights.index.glob("encoder-*/segments/segment-*")

@@ -98,8 +98,8 @@ def test_ids_survive_deletes_and_are_not_given_twice(images):
     assert table.take_vectors(later, [0, 1, 3, 5, 6]).image_ids.tolist() == [0, 3, 6]
 
 
-def held(images, first):
-    found = table.count_held(images, first)
+def held(images, first, end=None):
+    found = table.count_held(images, first, end)
     return found.num_images, found.num_vectors, found.end
 
 
@@ -107,6 +107,8 @@ def test_held_counts_images_vectors_and_the_end(images):
     assert held(images, 0) == (6, 9, 6)
     assert held(images, 3) == (3, 6, 6)
     assert held(images, 6) == (0, 0, 6)
+    assert held(images, 2, 5)[:2] == tuple(np.subtract(held(images, 2), held(images, 5))[:2])
+    assert held(images, 2, 5)[2] == 5
     table.delete_images(images, np.array([3]))
     assert held(images, 0) == (5, 6, 6)
 

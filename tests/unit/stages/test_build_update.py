@@ -12,7 +12,7 @@ import pytest
 
 from for_ray.index import table
 from for_ray.schema import Codec, Layout, Segment, Snapshot, images_schema
-from for_ray.stages.build import _carry_over, _described
+from for_ray.stages.build import _described, _from_snapshot, _Kept
 from for_ray.stages.ranges import RangeJob
 
 SCHEMA = images_schema(2)
@@ -77,7 +77,7 @@ class Nights:
     def carry_over(self, base: Snapshot) -> tuple[list[int], list[int]]:
         """The dead of each segment, and the ids of dead images."""
         job = RangeJob(self.layout.index_uri, "f", table.version_of(self.images), "run")
-        kept: Any = _carry_over(job.open_table(), base)
+        kept: Any = _from_snapshot(job.open_table(), base)
         assert [each.model_copy(update={"num_dead": 0}) for each in kept.segments] == [
             each.model_copy(update={"num_dead": 0}) for each in base.segments[: len(kept.segments)]
         ]
@@ -180,3 +180,14 @@ def test_a_base_whose_table_is_lost_is_built_again(nights):
     assert nights.carry_over(base) == ([2, 0, 0], [1])
     table.sweep_versions(nights.images.uri, [])
     assert nights.carry_over(base) == ([], [])
+
+
+def test_what_no_segment_covers_is_to_be_built():
+    def gaps(first_new: int, *spans: tuple[int, int]) -> list[tuple[int, int | None]]:
+        segments = [segment(*each, num_vectors=1) for each in spans]
+        return _Kept(None, segments, np.empty(0, np.int64), first_new).gaps()
+
+    assert gaps(0) == [(0, None)]
+    assert gaps(30, (0, 10), (20, 30)) == [(30, None)]  # of the base: nothing is left between its segments
+    assert gaps(10, (0, 10), (20, 30), (30, 40), (50, 60)) == [(10, 20), (40, 50), (60, None)]
+    assert gaps(10, (0, 20), (30, 40)) == [(20, 30), (40, None)]  # merged with one of the base

@@ -15,6 +15,7 @@ import pytest
 from for_ray import storage
 from for_ray.errors import StageError
 from for_ray.index import snapshots, table
+from for_ray.index.drafts import Draft, DraftRecord, find_draft, write_draft
 from for_ray.index.table import require_table
 from for_ray.retrieval import open_index
 from for_ray.stages.sweep import finish_removals, is_due, is_removed, sweep
@@ -90,6 +91,33 @@ def test_segments_that_nobody_names_any_more_go(grown: PlantedIndex) -> None:
     assert run_sweep(grown) == (3, 2)
     names = {path.name for path in foreign.parent.iterdir()}
     assert names == {"segment-1.faiss", "segment-2.faiss", last.codec.file_name}
+
+
+def test_what_a_draft_names_stays_until_the_next_snapshot(grown: PlantedIndex) -> None:
+    last, fingerprint = snapshots.latest(grown.layout), grown.bundle.fingerprint
+    snapshots.publish(grown.layout, last)
+    built = last.segments[0].model_copy(update={"segment_id": "9", "file_name": "segment-9.faiss"})
+    for name in ("segment-9.faiss", "segment-of-a-dead-run.faiss"):
+        shutil.copy(grown.segment_path(last.segments[0].file_name), grown.segment_path(name))
+    record = DraftRecord(
+        base_id=4,
+        images_version=1,
+        codec=last.codec,
+        segments=[*last.segments, built],
+        first_new=9,
+        is_new=True,
+        retrained=None,
+    )
+    write_draft(grown.layout, fingerprint, Draft(record, np.empty(0, np.int64)))
+    named = {"draft", last.codec.file_name, *(each.file_name for each in last.segments)}
+    assert run_sweep(grown) == (3, 1)
+    assert {path.name for path in grown.segment_path("").iterdir()} == named | {"segment-9.faiss"}
+    assert {1, last.images_version} <= versions(grown)
+    assert find_draft(grown.layout, fingerprint, base_id=4) is not None
+    snapshots.publish(grown.layout, last)
+    assert run_sweep(grown) == (1, 2)
+    assert {path.name for path in grown.segment_path("").iterdir()} == named - {"draft"}
+    assert versions(grown) == {last.images_version}
 
 
 def test_an_encoder_goes_with_its_last_snapshot(grown: PlantedIndex, tmp_path: Path) -> None:
