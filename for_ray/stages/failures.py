@@ -42,9 +42,6 @@ def crash_of(error: BaseException) -> str | None:
     )
     if isinstance(error, crashes):
         return _cause(error)
-    # Ray asks an actor again at once, and may have done so as often as it does before it sees the node gone.
-    if isinstance(error, exceptions.ActorUnavailableError):
-        return "the node of an encoder could not be reached"
     # An actor that waited for a node which went before it came; Ray Data raises it in several wrappings.
     if type(error).__module__.startswith("ray.") and _NEVER_RAN in str(error):
         return "a node went before its encoder had started"
