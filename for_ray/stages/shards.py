@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import ray
 from numpy.typing import NDArray
-from ray.exceptions import GetTimeoutError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
-from for_ray.errors import ConfigError
+from for_ray.errors import ConfigError, StageError
 from for_ray.index.probe import Hits, checked_queries, merge_hits, no_hits
 from for_ray.index.search import SegmentSet, open_segments
 from for_ray.index.selection import Remembered
@@ -28,7 +28,8 @@ QUESTIONS_AT_ONCE = 8
 """Of one actor. FAISS's search leaves Python's lock alone, so that they run side by side."""
 
 FILTERS_KEPT = 4
-"""Filters whose selectors an actor keeps, of 32 bytes an image: a question gives the same in each round."""
+"""Filters whose selectors an actor keeps, of 32 bytes an image, the last used ones: a question gives the same
+in each round, and every question the gone images."""
 
 TASK_RETRIES = 3
 
@@ -128,7 +129,11 @@ class ShardSet:
         only_image_ids: Ids | None = None,
         nprobe: int | None = None,
     ) -> Hits:
-        """As `SegmentSet.search`: the k best vectors of each query, of images that may be found."""
+        """As `SegmentSet.search`: the k best vectors of each query, of images that may be found.
+
+        Raises:
+            StageError: An actor is gone for good.
+        """
         nprobe = self.nprobe if nprobe is None else nprobe
         queries = checked_queries(queries, k, dim=self.dim, nprobe=nprobe)
         filters = self._filters(only_image_ids, exclude_image_ids)
@@ -139,7 +144,17 @@ class ShardSet:
         ]
         if not asked or not len(queries):
             return no_hits(len(queries))
-        return merge_hits(ray.get(asked), k)
+        try:
+            return merge_hits(ray.get(asked), k)
+        except RayTaskError as error:
+            raise error.cause from None
+        except RayError as error:
+            raise StageError(
+                "search",
+                f"a shard of {len(self._actors)} is gone ({type(error).__name__}), and asking again up to "
+                f"{TASK_RETRIES} times did not help; is the cluster up, and has each node memory left? Open "
+                "the index again",
+            ) from error
 
     def _open(self) -> list[_Facts]:
         asked = [actor.describe.remote() for actor in self._actors]
@@ -234,9 +249,13 @@ class _Shard:
 
     def _ids(self, given: _Filter) -> tuple[Ids | None, Ids | None]:
         """The very same arrays each time, so that the segments' selectors of them are made once."""
-        if given not in self._filters:
+        ids = self._filters.get(given)
+        if ids is None:
             only, excluded = (None if ref is None else ray.get(ref) for ref in (given.only, given.excluded))
-            self._filters[given] = only, excluded
+            ids = only, excluded
+        with self._lock:
+            ids = self._filters.setdefault(given, ids)
+            self._filters.move_to_end(given)
             while len(self._filters) > FILTERS_KEPT:
                 self._filters.popitem(last=False)
-        return self._filters[given]
+        return ids

@@ -5,12 +5,14 @@ from __future__ import annotations
 import itertools
 import os
 import signal
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import ray
 
-from for_ray.errors import ConfigError, DataError
+from for_ray.errors import ConfigError, DataError, StageError
 from for_ray.index.search import open_segments, search_images
 from for_ray.index.similar import search_similar
 from for_ray.index.table import open_table, take_vectors
@@ -103,6 +105,41 @@ def test_an_actor_that_dies_is_started_again(planted, searchers):
         found = many.search(queries, 20)
         np.testing.assert_array_equal(found.vector_ids, right.vector_ids)
         np.testing.assert_array_equal(found.scores, right.scores)
+
+
+def test_questions_at_once_while_an_actor_dies(searchers):
+    """Each thread has filters of its own, more of them than an actor keeps."""
+    one, many = searchers
+    queries = unit(np.random.default_rng(4), 3)
+    victim = many._actors[1]
+    pid = ray.get(victim.__ray_call__.remote(lambda _: os.getpid()))
+    answered = threading.Event()
+
+    def ask(thread):
+        same = []
+        for number in range(8):
+            only = np.sort(np.random.default_rng([thread, number]).choice(NUM_IMAGES, 150, replace=False))
+            for nprobe in (2, 8):
+                found = many.search(queries, 40, only_image_ids=only, nprobe=nprobe)
+                right = one.search(queries, 40, only_image_ids=only, nprobe=nprobe)
+                same.append(all(map(np.array_equal, found, right)))
+            answered.set()
+        return same
+
+    with ThreadPoolExecutor(6) as threads:
+        asked = [threads.submit(ask, thread) for thread in range(6)]
+        assert answered.wait(60)
+        os.kill(pid, signal.SIGKILL)
+        assert [all(each.result()) for each in asked] == [True] * 6
+    assert ray.get(victim.__ray_call__.remote(lambda _: os.getpid())) != pid
+
+
+def test_shards_that_are_gone_for_good_are_told(planted):
+    many = ShardSet(planted.layout, planted.bundle.fingerprint, planted.segments, nprobe=2, num_shards=1)
+    many.close()
+    with pytest.raises(StageError, match="search: a shard of 1 is gone") as caught:
+        many.search(np.eye(DIM)[:1], 3)
+    assert "\n" not in str(caught.value)
 
 
 def test_questions_are_asked_of_shards_as_of_one_process(planted):
