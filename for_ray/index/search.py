@@ -213,6 +213,7 @@ def search_images(
     only_image_ids: NDArray[np.int64] | None = None,
     nprobe: int | None = None,
     probes_more: bool = True,
+    candidates: int | None = None,
 ) -> RankedImages:
     """The k images with the highest score: k distinct ones, or all that the index has.
 
@@ -230,6 +231,7 @@ def search_images(
         only_image_ids: Sorted and distinct; no other images are found. None for all.
         nprobe: Lists looked at in each segment to begin with.
         probes_more: Look at more lists if these hold too few images. A measure of `nprobe` itself must not.
+        candidates: Images to rank again, at least k, where other than `num_candidates(k)`.
 
     Raises:
         ValueError: k or nprobe is below 1, the query has another dimension or a NaN, or the ids of a filter
@@ -238,12 +240,12 @@ def search_images(
     query = np.asarray(query, np.float32)
     if query.ndim != 1 or k < 1:
         raise ValueError(f"expected one query [D] and k >= 1, got shape {list(query.shape)} and k = {k}")
-    wanted = k if exact is None else num_candidates(k)
+    wanted = k if exact is None else (candidates or num_candidates(k))
     if exact is not None and probes_more and only_image_ids is not None:
         allowed = allowed_ids(only_image_ids, exclude_image_ids)
         if len(allowed) <= max(FEW_IMAGES, wanted):
             return _compare_all(segments, query, k, allowed, exact=exact)
-    candidates, is_exhaustive = _gather(
+    gathered, is_exhaustive = _gather(
         segments,
         query,
         k,
@@ -252,10 +254,10 @@ def search_images(
         nprobe=segments.nprobe if nprobe is None else nprobe,
         probes_more=probes_more,
     )
-    ranked = candidates if exact is None else _rerank(candidates.image_ids, query, exact=exact)
+    ranked = gathered if exact is None else _rerank(gathered.image_ids, query, exact=exact)
     best = ranked.first(k)
     is_complete = len(best.image_ids) == k
-    return RankedImages(*best, is_complete, is_exhaustive, num_candidates=len(candidates.image_ids))
+    return RankedImages(*best, is_complete, is_exhaustive, num_candidates=len(gathered.image_ids))
 
 
 class _Ranking(NamedTuple):

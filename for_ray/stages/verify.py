@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from for_ray.errors import StageError
 from for_ray.evaluation.exact import exact_top_images, recall_at_k
-from for_ray.index.search import open_segments, search_images
+from for_ray.index.search import num_candidates, open_segments, search_images
 from for_ray.index.table import ImageVectors, read_vectors, take_vectors, worst_causes
 from for_ray.schema import Cause, Codec, Segment
 from for_ray.stages.cluster import Cluster
@@ -22,9 +22,14 @@ from for_ray.storage import shown
 RANKED = 50
 """Recall is that of the first 50 images: what a page of results shows."""
 
-SAMPLED_VECTORS = 1_000_000
-"""Recall is measured over whole segments, drawn until they hold this many vectors, the last one with what it
-has: exact and approximate search then answer over the same images. All of a smaller index."""
+SAMPLED_VECTORS, PIECES_OF_A_SEGMENT = 4_000_000, 8
+"""Recall is measured over so many vectors, of images that lie in several pieces of each segment drawn; over
+all of a smaller index."""
+
+LEAST_RANKED = 10
+"""Of a sample as many images are compared as of the first 50 lie in it: a tenth of the images holds five. At
+least so many, for fewer are no measure: of an index of more than 20 million vectors these are images behind
+the 50th, which more lists have to be looked at for, so that its recall is rather higher than what is said."""
 
 WORST_CAUSES = 5
 """Reasons of quarantine that the message of a refused run names."""
@@ -66,6 +71,9 @@ def measure_recall(
 ) -> Recall:
     """Double `nprobe` until the search finds what exact search finds, or more lists find no more.
 
+    Both answer over the same sample of the images. The n-th best image of a share s of them is about the
+    n/s-th of all, and finding it takes as many lists: therefore 50·s images are compared.
+
     Recall is that of the texts, or that of vectors of the index's own images, whichever is less; an image is
     not counted among what its own vector finds.
 
@@ -79,35 +87,37 @@ def measure_recall(
         target: The recall that is enough.
         cache_path: For segments of a bucket; the caller removes it.
     """
-    sample = _draw_segments(segments)
+    sample = _draw_sample(segments)
     _ = cluster.resources
     table = job.open_table()
-    examples, owners = _draw_examples(table, sample)
+    examples, owners = _draw_examples(table, sample.segments)
     asked = np.concatenate([queries, examples])
     owners = np.concatenate([np.full(len(queries), -1), owners])
-    right = _but_owners(_exact(job, sample, asked), owners)
-    index = open_segments(job.layout, job.fingerprint, sample, nprobe=nprobe, cache_path=cache_path)
+    exact = _exact(job, sample.ranges, asked)
+    share = exact.num_vectors / max(1, sum(segment.num_live for segment in segments))
+    depth = min(RANKED, max(LEAST_RANKED, round(RANKED * share)))
+    right = _but_owners(exact.image_ids, owners, depth)
+    index = open_segments(job.layout, job.fingerprint, sample.segments, nprobe=nprobe, cache_path=cache_path)
 
     def stored(image_ids: NDArray[np.int64]) -> ImageVectors:
         return take_vectors(table, image_ids)
 
+    def find(query: NDArray[np.float32]) -> NDArray[np.int64]:
+        return search_images(
+            index,
+            query,
+            depth + 1,
+            exact=stored,
+            exclude_image_ids=deleted,
+            only_image_ids=sample.image_ids,
+            nprobe=nprobe,
+            probes_more=False,  # of so many lists alone: twice as many must be able to find more
+            candidates=num_candidates(RANKED + 1) * (depth + 1) // (RANKED + 1),
+        ).image_ids
+
     before = -1.0
     while True:
-        found = _but_owners(
-            [
-                search_images(
-                    index,
-                    query,
-                    RANKED + 1,
-                    exact=stored,
-                    exclude_image_ids=deleted,
-                    nprobe=nprobe,
-                    probes_more=False,  # of so many lists alone: twice as many must be able to find more
-                ).image_ids
-                for query in asked
-            ],
-            owners,
-        )
+        found = _but_owners(list(map(find, asked)), owners, depth)
         texts, rest = slice(len(queries)), slice(len(queries), None)
         recall = min(
             recall_at_k(found[part], right[part]) for part in (texts, rest) if any(map(len, right[part]))
@@ -168,14 +178,34 @@ def check_closed(*, num_missing: int, num_skipped: int, num_stale: int) -> None:
         )
 
 
-def _draw_segments(segments: Sequence[Segment]) -> list[Segment]:
-    order = np.random.default_rng(len(segments)).permutation(len(segments))
+class _Sample(NamedTuple):
+    """What recall is measured over: segments, ranges of their image ids, and these ids; None for all."""
+
+    segments: list[Segment]
+    ranges: list[tuple[int, int]]
+    image_ids: NDArray[np.int64] | None
+
+
+def _draw_sample(segments: Sequence[Segment]) -> _Sample:
+    """Segments in a random order until there are enough vectors, and of each the same share of its ids."""
     drawn: list[Segment] = []
-    for position in order:
+    for position in np.random.default_rng(len(segments)).permutation(len(segments)):
         if sum(segment.num_vectors for segment in drawn) >= SAMPLED_VECTORS:
             break
         drawn.append(segments[position])
-    return drawn
+    share = SAMPLED_VECTORS / max(1, sum(segment.num_vectors for segment in drawn))
+    if share >= 1:
+        return _Sample(drawn, [(segment.first_image_id, segment.end_image_id) for segment in drawn], None)
+    ranges = [
+        (low, low + max(1, int(share * (end - low))))
+        for segment in drawn
+        for low, end in split_ids(
+            segment.first_image_id,
+            segment.end_image_id,
+            most=-(-(segment.end_image_id - segment.first_image_id) // PIECES_OF_A_SEGMENT),
+        )
+    ]
+    return _Sample(drawn, ranges, np.sort(np.concatenate([np.arange(*edges) for edges in ranges])))
 
 
 def _draw_examples(table: Any, segments: Sequence[Segment]) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
@@ -191,34 +221,49 @@ def _draw_examples(table: Any, segments: Sequence[Segment]) -> tuple[NDArray[np.
     return drawn.vectors[drawn.offsets[chosen] + slots].astype(np.float32), drawn.image_ids[chosen]
 
 
-def _but_owners(ranked: Sequence[NDArray[np.int64]], owners: NDArray[np.int64]) -> list[NDArray[np.int64]]:
-    """The first images of each query without the one that it was drawn of."""
-    return [ids[ids != owner][:RANKED] for ids, owner in zip(ranked, owners, strict=True)]
-
-
-def _exact(
-    job: RangeJob, segments: Sequence[Segment], queries: NDArray[np.float32]
+def _but_owners(
+    ranked: Sequence[NDArray[np.int64]], owners: NDArray[np.int64], depth: int
 ) -> list[NDArray[np.int64]]:
-    """The right image ids of each query, best first: every task ranks a range, the driver ranks the best."""
+    """The first images of each query without the one that it was drawn of."""
+    return [ids[ids != owner][:depth] for ids, owner in zip(ranked, owners, strict=True)]
+
+
+class _Exact(NamedTuple):
+    """The first images of each query, best first, and how many vectors it was compared with."""
+
+    image_ids: list[NDArray[np.int64]]
+    num_vectors: int
+
+
+def _exact(job: RangeJob, ranges: Sequence[tuple[int, int]], queries: NDArray[np.float32]) -> _Exact:
+    """The right answers: every task ranks a range of image ids, the driver ranks the best."""
     task = ray.remote(_exact_of_range).options(num_cpus=1, max_retries=3)
     shared = ray.put(queries)
-    ranges = [
-        edges
-        for segment in segments
-        for edges in split_ids(segment.first_image_id, segment.end_image_id, most=IMAGES_A_TASK)
-    ]
-    parts = ray.get([task.remote(job, first, end, shared) for first, end in ranges])
+    parts = ray.get(
+        [
+            task.remote(job, first, end, shared)
+            for edges in ranges
+            for first, end in split_ids(*edges, most=IMAGES_A_TASK)
+        ]
+    )
     ids = np.concatenate([part[0] for part in parts], axis=1)
     scores = np.concatenate([part[1] for part in parts], axis=1)
     order = np.lexsort((ids, -scores), axis=1)[:, : RANKED + 1]
-    return list(np.take_along_axis(ids, order, axis=1))
+    return _Exact(list(np.take_along_axis(ids, order, axis=1)), sum(part[2] for part in parts))
 
 
 def _exact_of_range(
     job: RangeJob, first: int, end: int, queries: NDArray[np.float32]
-) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    batches: Any = read_vectors(job.open_table(), first, end, batch_rows=IMAGES_A_READ)
-    return exact_top_images(batches, queries, RANKED + 1)
+) -> tuple[NDArray[np.int64], NDArray[np.float32], int]:
+    num_vectors = 0
+
+    def batches() -> Iterator[ImageVectors]:
+        nonlocal num_vectors
+        for batch in read_vectors(job.open_table(), first, end, batch_rows=IMAGES_A_READ):
+            num_vectors += len(batch.vectors)
+            yield batch
+
+    return *exact_top_images(batches(), queries, RANKED + 1), num_vectors
 
 
 def check_recall(recall: Recall, *, least: float, codec: Codec | None) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,7 +12,7 @@ import pytest
 
 from for_ray.evaluation.exact import exact_top_images
 from for_ray.index import table
-from for_ray.index.codec import codec_record, codec_to_bytes, train_codec
+from for_ray.index.codec import codec_to_bytes, train_codec
 from for_ray.index.plan import plan_index
 from for_ray.index.segment import build_segment
 from for_ray.schema import Layout, Segment, images_schema
@@ -59,33 +61,89 @@ def test_examples_are_vectors_of_living_images_all_over_the_segments(layout):
     assert found.tolist() == drawn.vectors[drawn.offsets[:-1] + slots].astype(np.float32).tolist()
 
 
-def test_images_need_more_lists_than_the_texts_do(layout, tmp_path, monkeypatch):
+@pytest.fixture
+def measure(layout, tmp_path, monkeypatch):
+    """Measures an index of these vectors, each an image, in so many segments of one codec."""
+
+    def exact(job, ranges, queries):
+        parts = [
+            batch
+            for first, end in ranges
+            for batch in table.read_vectors(job.open_table(), first, end, batch_rows=512)
+        ]
+        found = list(exact_top_images(parts, queries, verify.RANKED + 1)[0])
+        compared.append(sum(len(part.vectors) for part in parts))
+        return verify._Exact(found, compared[-1])
+
+    compared: list[int] = []
+    monkeypatch.setattr(verify, "_exact", exact)
+
+    def make(vectors: np.ndarray, queries: np.ndarray, codec: str, *, num_segments: int = 1):
+        images = add(table.create_table(layout.images_uri("f"), SCHEMA), vectors, [1] * len(vectors))
+        plan = plan_index(len(vectors), DIM, codec=codec)
+        content = codec_to_bytes(train_codec(vectors.astype(np.float32), plan, threads=1))
+        (tmp_path / "codec").write_bytes(content)
+        (tmp_path / "encoder-f" / "segments").mkdir()
+        edges = [len(vectors) * number // num_segments for number in range(num_segments + 1)]
+        segments = []
+        for first, end in itertools.pairwise(edges):
+            path = Path(layout.segment_uri("f", f"{first}.faiss"))
+            batch = (np.arange(first, end) * 256, vectors[first:end])
+            built = build_segment(tmp_path / "codec", [batch], path, threads=1)
+            named = {"file_name": path.name, "sha256": built.sha256, "num_vectors": end - first}
+            segments.append(span(first, end, **named))
+        job = RangeJob(layout.index_uri, "f", table.version_of(images), "run")
+        given = {"deleted": np.empty(0, np.int64), "nprobe": 1, "cache_path": tmp_path / "cache"}
+        cluster = SimpleNamespace(resources={})
+        return lambda **more: verify.measure_recall(cluster, job, segments, queries, **given | more), compared
+
+    return make
+
+
+def test_images_need_more_lists_than_the_texts_do(measure, monkeypatch):
     random = np.random.default_rng(1)
     alike, others = 0.001 * random.standard_normal((60, DIM)), random.standard_normal((2000, DIM))
     alike[:, 0], others[:, 0] = 1, 0
     vectors = unit(np.concatenate([alike, others]))
-    images = add(table.create_table(layout.images_uri("f"), SCHEMA), vectors, [1] * len(vectors))
-    plan = plan_index(len(vectors), DIM, codec="IVF32,Flat")
-    content = codec_to_bytes(train_codec(vectors.astype(np.float32), plan, threads=1))
-    (tmp_path / "codec").write_bytes(content)
-    ids = np.arange(len(vectors)) * 256
-    folder = tmp_path / "encoder-f" / "segments"
-    folder.mkdir()
-    built = build_segment(tmp_path / "codec", [(ids, vectors)], folder / "s.faiss", threads=1)
-    record = codec_record(content, plan, num_trained_on=1)
-    segment = span(0, len(vectors), sha256=built.sha256, num_vectors=len(vectors), codec_id=record.codec_id)
-    job = RangeJob(layout.index_uri, "f", table.version_of(images), "run")
-
-    def exact(job, segments, queries):
-        batches = table.read_vectors(job.open_table(), 0, len(vectors), batch_rows=512)
-        return list(exact_top_images(batches, queries, verify.RANKED + 1)[0])
-
-    monkeypatch.setattr(verify, "_exact", exact)
-    text = np.eye(DIM, dtype=np.float32)[:1]
-    given = {"deleted": np.empty(0, np.int64), "nprobe": 1, "cache_path": tmp_path / "cache"}
-    cluster = SimpleNamespace(resources={})
-    measured = verify.measure_recall(cluster, job, [segment], text, target=0.95, **given)
+    run, _ = measure(vectors, np.eye(DIM, dtype=np.float32)[:1], "IVF32,Flat")
+    measured = run(target=0.95)
     assert measured.nprobe > 1
     assert measured.recall >= 0.95
     monkeypatch.setattr(verify, "_draw_examples", lambda *_: (np.empty((0, DIM)), np.empty(0, np.int64)))
-    assert verify.measure_recall(cluster, job, [segment], text, target=0.95, **given) == (1.0, 1, 0.95)
+    assert run(target=0.95) == (1.0, 1, 0.95)
+
+
+@pytest.mark.parametrize("num_segments", [1, 3])
+def test_a_sample_says_what_the_whole_says(measure, monkeypatch, num_segments):
+    """A quarter of the images: of 50 images about 12 lie in it, and take as many lists."""
+    random = np.random.default_rng(2)
+    vectors = unit(random.standard_normal((20_000, DIM)))
+    queries = unit(random.standard_normal((100, DIM))).astype(np.float32)
+    run, compared = measure(vectors, queries, "IVF64,Flat", num_segments=num_segments)
+    whole = [run(target=0.0, nprobe=nprobe) for nprobe in (2, 8, 24)]
+    monkeypatch.setattr(verify, "SAMPLED_VECTORS", 5000)
+    sampled = [run(target=0.0, nprobe=nprobe) for nprobe in (2, 8, 24)]
+    assert compared[:3] == [20_000] * 3
+    assert 4900 <= compared[3] <= 5000
+    for one, other in zip(whole, sampled, strict=True):
+        assert one.recall == pytest.approx(other.recall, abs=0.05)
+    assert 0.2 < whole[0].recall < 0.6 < whole[2].recall < 0.99
+    assert run(target=0.9).nprobe == 16
+
+
+def test_a_sample_is_drawn_of_several_pieces_of_each_segment(monkeypatch):
+    monkeypatch.setattr(verify, "SAMPLED_VECTORS", 1000)
+    segments = [span(0, 800, num_vectors=900), span(800, 1200, num_vectors=400)]  # 1000 of 1300
+    sample = verify._draw_sample(segments)
+    pieces = {(100 * number, 100 * number + 76) for number in range(8)}
+    assert set(sample.ranges) == pieces | {(800 + 50 * number, 838 + 50 * number) for number in range(8)}
+    assert len(sample.ranges) == 16
+    ids = [number for edges in sorted(sample.ranges) for number in range(*edges)]
+    assert sample.image_ids.tolist() == ids
+    few = verify._draw_sample(segments[1:])
+    assert (few.image_ids, few.ranges) == (None, [(800, 1200)])
+
+
+def test_a_sample_of_short_segments_has_an_image_of_each_piece(monkeypatch):
+    monkeypatch.setattr(verify, "SAMPLED_VECTORS", 1)
+    assert verify._draw_sample([span(5, 8, num_vectors=600)]).ranges == [(5, 6), (6, 7), (7, 8)]
