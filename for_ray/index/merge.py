@@ -3,8 +3,8 @@
 Since they share their centroids, merging is a concatenation of inverted lists: no vector is decoded, assigned
 or encoded again, so a merged segment gives each vector the score that it had, bit by bit. Inputs are mapped
 into memory, and the output is written list by list, in the bytes that FAISS would write of it. Memory: the
-codec, 8 bytes a list, `PIECE_BYTES`, and a byte for each vector of one list; not what the segments hold, so
-that a merged segment may be as large as the disk allows, which holds the inputs, too.
+codec, 8 bytes a list, `PIECE_BYTES`, and, where images are dead, some 30 bytes for each vector of one list;
+not what the segments hold: a merged one may be as large as the disk allows, which holds the inputs, too.
 """
 
 from __future__ import annotations

@@ -167,7 +167,7 @@ def _default_codec(num_vectors: int, dim: int, *, target_recall: float) -> str:
 def _choose_factory(codec: str, *, num_vectors: int, sample: int) -> tuple[int, str]:
     """The number of lists, and the factory string with it."""
     most = max(1, sample // MIN_TRAINING_PER_LIST)
-    nlist = _power_of_two(min(LISTS_PER_ROOT * math.sqrt(num_vectors), most))
+    nlist = min(wanted_lists(num_vectors), _power_of_two(most))
     found = re.fullmatch(r"((?:[^,]+,)?)IVF(\d*)(_[^,]+)?,([^,]+)", codec)
     if found is None or re.search(r"fsr?\b|fs\d|Refine|RFlat|IMI|IDMap|Panorama", codec):
         raise ConfigError(_refusal(codec))

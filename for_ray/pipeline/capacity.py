@@ -5,13 +5,10 @@ from __future__ import annotations
 from for_ray.config import IndexSettings
 from for_ray.index.capacity import Capacity, Nodes, plan_capacity
 from for_ray.index.plan import DEFAULT_MEMORY_BYTES
-from for_ray.index.snapshots import list_snapshots
-from for_ray.model.bundle import check_indexable, open_bundle
+from for_ray.index.snapshots import list_published
+from for_ray.pipeline.chosen_encoder import open_encoder
 from for_ray.schema import Layout
 from for_ray.storage import canonical_uri
-
-DEFAULT_ENCODER = "picturebook"
-"""As that of a new index."""
 
 GIGABYTE, ONE_BILLION = 1_000_000_000, 1_000_000_000
 
@@ -69,13 +66,7 @@ def run_plan(settings: IndexSettings) -> Capacity:
         DataError: The encoder is damaged.
         StorageError: The store of a named index refused.
     """
-    bundle = open_bundle(
-        settings.encoder or _known_encoder(settings.index) or DEFAULT_ENCODER,
-        head=settings.head,
-        num_slots=settings.num_slots,
-        image_size=settings.image_size,
-    )
-    check_indexable(bundle)
+    bundle = open_encoder(settings, own=_published_bundle(settings.index))
     return plan_capacity(
         round(settings.plan_vectors or 0),
         bundle.dim,
@@ -87,9 +78,9 @@ def run_plan(settings: IndexSettings) -> Capacity:
     )
 
 
-def _known_encoder(index: str) -> str | None:
-    if not index:
+def _published_bundle(index_uri: str) -> str | None:
+    if not index_uri:
         return None
-    layout = Layout(canonical_uri(index))
-    latest = next(list_snapshots(layout), None)
-    return layout.bundle_uri(latest.fingerprint) if latest else None
+    layout = Layout(canonical_uri(index_uri))
+    published = list_published(layout)
+    return layout.bundle_uri(published[-1].fingerprint) if published else None

@@ -23,8 +23,8 @@ from for_ray.index.capacity import Capacity
 from for_ray.index.growth import codec_kind, is_measured_for, why_retrain_snapshot
 from for_ray.index.plan import plan_index
 from for_ray.index.spread import Spread
-from for_ray.model.bundle import Bundle, check_indexable, open_bundle
 from for_ray.pipeline.capacity import plans_of, task_bytes
+from for_ray.pipeline.chosen_encoder import open_encoder
 from for_ray.pipeline.index_report import Findings, report_run
 from for_ray.pipeline.index_write import IndexWriter
 from for_ray.pipeline.upkeep import sweep_idle
@@ -36,8 +36,6 @@ from for_ray.stages.progress import Progress
 from for_ray.stages.report import IndexSummary
 from for_ray.stages.sweep import finish_removals, is_removed
 from for_ray.storage import Lease, canonical_uri, check_writable, exists, join_uri
-
-DEFAULT_ENCODER = "picturebook"
 
 
 def run_index(settings: IndexSettings, *, progress: Progress) -> IndexSummary:
@@ -84,7 +82,8 @@ class _Run:
         self.run_id = secrets.token_hex(4)
         self.holds_lease = False
         self.latest = snapshots.find_latest(self.layout)
-        self.bundle = _open_encoder(settings, self.layout, self.latest)
+        own = self.layout.bundle_uri(self.latest.fingerprint) if self.latest else None
+        self.bundle = open_encoder(settings, own=own)
         self.fingerprint = self.bundle.fingerprint
         self.base = self._find_base()
         self.table_uri = self.layout.images_uri(self.fingerprint)
@@ -288,22 +287,6 @@ class _Run:
             message=message,
             plans=plans or {},
         )
-
-
-def _open_encoder(settings: IndexSettings, layout: Layout, latest: Snapshot | None) -> Bundle:
-    """The encoder that was asked for, or the index's own, or the default one."""
-    encoder = settings.encoder
-    if encoder is None:
-        encoder = layout.bundle_uri(latest.fingerprint) if latest else DEFAULT_ENCODER
-    bundle = open_bundle(
-        encoder,
-        head=settings.head,
-        num_slots=settings.num_slots,
-        image_size=settings.image_size,
-        keep_threshold=settings.keep_threshold,
-    )
-    check_indexable(bundle)
-    return bundle
 
 
 def _num_to_delete(gap: Gap) -> int:

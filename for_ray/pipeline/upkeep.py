@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from for_ray.config import IndexSettings
 from for_ray.errors import ConfigError, DataError, ForRayError, StageError
 from for_ray.index import snapshots, table
-from for_ray.model.bundle import open_bundle
+from for_ray.pipeline.chosen_encoder import open_encoder
 from for_ray.pipeline.queries import recall_queries
 from for_ray.schema import Codec, Layout, Segment, Snapshot
 from for_ray.stages.cluster import Cluster
@@ -171,13 +171,7 @@ def _show_quarantine(layout: Layout, settings: IndexSettings) -> None:
 def _fingerprint(layout: Layout, settings: IndexSettings) -> str:
     """Of the encoder that was asked for, or that is published, or of the only one that is there."""
     if settings.encoder is not None:
-        return open_bundle(
-            settings.encoder,
-            head=settings.head,
-            num_slots=settings.num_slots,
-            image_size=settings.image_size,
-            keep_threshold=settings.keep_threshold,
-        ).fingerprint
+        return open_encoder(settings, own=None).fingerprint
     published = snapshots.list_published(layout)
     if published:
         return published[-1].fingerprint

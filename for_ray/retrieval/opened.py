@@ -35,15 +35,13 @@ from for_ray.retrieval.queries import (
     unwanted_limits,
 )
 from for_ray.retrieval.question import Answer, Hit, Query, Question
-from for_ray.retrieval.rows import sample_vectors
+from for_ray.retrieval.rows import REMEDY, sample_vectors
 from for_ray.retrieval.sheets import sheet_of
 from for_ray.schema import Layout, Snapshot
 from for_ray.storage.refusals import lance_refusals
 
 if TYPE_CHECKING:
     from for_ray.model.encoder import Encoder
-
-_SWEPT = "check credentials and endpoint, or search a newer snapshot"
 
 
 def open_index(
@@ -229,7 +227,7 @@ def _open_bundle(layout: Layout, snapshot: Snapshot) -> Bundle:
 
 def _open_images(layout: Layout, snapshot: Snapshot) -> Any:
     uri = layout.images_uri(snapshot.fingerprint)
-    with lance_refusals(uri, remedy=_SWEPT):
+    with lance_refusals(uri, remedy=REMEDY):
         images = open_table(uri, version=snapshot.images_version)
     if images is None:
         raise DataError(f"{uri}, which snapshot {snapshot.snapshot_id} names, is not there: restore it")

@@ -16,7 +16,8 @@ from for_ray.storage.refusals import lance_refusals
 SAMPLE_IMAGES = 512
 """Images that stand for the index where it is asked what scores a name has there."""
 
-_REMEDY = "check credentials and endpoint, or search a newer snapshot"
+REMEDY = "check credentials and endpoint, or search a newer snapshot"
+"""What to do where the table refuses: an old snapshot may have been swept."""
 
 
 def take_vectors(images: Any, image_ids: NDArray[np.int64]) -> ImageVectors:
@@ -40,14 +41,14 @@ def objects_of(rows: pa.Table) -> ImageObjects:
 def take_rows(images: Any, image_ids: NDArray[np.int64], columns: list[str]) -> pa.Table:
     """Columns of these images and `_rowid`, in no order; those that the table does not hold are left out."""
     ids = ", ".join(map(str, image_ids.tolist())) or "-1"
-    with lance_refusals(images.uri, remedy=_REMEDY):
+    with lance_refusals(images.uri, remedy=REMEDY):
         # With stable row ids, Lance turns this filter into a look-up: 0.05 s for 5,000 of 800,000 rows.
         return images.to_table(columns=[*columns, "_rowid"], filter=f"_rowid in ({ids})")
 
 
 def sample_vectors(images: Any) -> ImageVectors:
     """The vectors of `SAMPLE_IMAGES` images, evenly drawn, the same ones of the same version."""
-    with lance_refusals(images.uri, remedy=_REMEDY):
+    with lance_refusals(images.uri, remedy=REMEDY):
         num_rows = images.count_rows()
         drawn = np.random.default_rng(0).choice(num_rows, min(SAMPLE_IMAGES, num_rows), replace=False)
         rows = images.take(np.sort(drawn).tolist(), columns=["vectors"])
