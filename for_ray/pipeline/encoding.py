@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -15,6 +16,7 @@ from for_ray.errors import StageError
 from for_ray.index import table
 from for_ray.schema import WorkTime
 from for_ray.stages.diff import Gap, write_gap
+from for_ray.stages.failures import DEAD_ENCODER, OF_NODES, UNREACHABLE
 from for_ray.storage import Lease, Spill, join_uri
 
 # Ray takes seconds to import: a run that finds nothing to do is done before.
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
     from for_ray.stages.encode import Encoded, Pool
 
 MOST_PASSES = 4
-"""Of an encode stage: the first one, and those after processes died; each image decoded apart in these."""
+"""Of an encode stage that end with a crash. One that a node's loss ends after images were stored is free."""
 
 
 def encode_gap(
@@ -39,7 +41,9 @@ def encode_gap(
     lease: Lease,
     on_progress: Callable[[int], None],
 ) -> Encoded:
-    """Encode a gap; where processes of tasks die, go on with what is left, each image decoded apart.
+    """Encode a gap; where processes or nodes die, go on with what is left.
+
+    Where a process died, each image is decoded apart from then on: one that kills its decoder is found so.
 
     Args:
         images: The table, at its latest version; nobody else writes to it.
@@ -54,14 +58,16 @@ def encode_gap(
         on_progress: See `encode`.
 
     Raises:
-        StageError: Processes die also where images are decoded apart: images are not the cause.
+        StageError: Processes die also where images are decoded apart: images are not the cause. Or an encoder
+            dies at every image, or is twice out of reach before it has stored one.
     """
     from for_ray.stages.blocks import EncodeCounts
     from for_ray.stages.encode import encode
 
     latest, uri, num_images = images, work_uri, gap.num_to_encode
-    done, work = EncodeCounts(), WorkTime()
-    for number in range(MOST_PASSES):
+    done, work, crash, is_apart = EncodeCounts(), WorkTime(), None, False
+    num_passes = num_crashes = 0
+    while num_crashes < MOST_PASSES:
         encoded = encode(
             latest,
             uri,
@@ -72,20 +78,28 @@ def encode_gap(
             most_bad=most_bad - done.quarantined,
             lease=lease,
             on_progress=partial(_tell, on_progress, done.stored),
-            is_apart=number > 0,
+            is_apart=is_apart,
         )
         work = _sum(work, encoded.work)
         if encoded.crash is None:
             return encoded._replace(counts=done.plus(encoded.counts), work=work)
+        gc.collect()  # Ray Data's error holds actors, which would keep the GPUs from those of the next pass
+        is_idle = not encoded.counts.stored
+        if is_idle and encoded.crash == crash == UNREACHABLE:  # so is, at times, one that dies at every image
+            raise StageError("encode", DEAD_ENCODER)
+        crash = encoded.crash
+        is_apart |= crash not in OF_NODES
+        num_crashes += is_idle or crash not in OF_NODES
         # Images that were gone or replaced are in no table: they are met, and counted, again.
         done = done.plus(encoded.counts)._replace(gone=0, changed=0)
-        latest, uri = encoded.table, join_uri(work_uri, f"rest-{number}")
-        num_images = _write_rest(gap, images, latest, folder=folder / f"{number}", rest_uri=uri)
+        num_passes += 1
+        latest, uri = encoded.table, join_uri(work_uri, f"rest-{num_passes}")
+        num_images = _write_rest(gap, images, latest, folder=folder / f"{num_passes}", rest_uri=uri)
         if not num_images:
             return encoded._replace(counts=done, work=work, crash=None)
     raise StageError(
         "encode",
-        f"processes of workers died in {MOST_PASSES} attempts, though no image is to blame: {encoded.crash}; "
+        f"processes of workers died in {MOST_PASSES} attempts, though no image is to blame: {crash}; "
         "have the nodes memory for them, and do they stay? Run again to go on: what was committed stays",
     )
 

@@ -12,6 +12,18 @@ TASK_RETRIES = 3
 """A block that kills its process this often again breaks its stage off: without a bound Ray retries it for
 ever."""
 
+UNREACHABLE, NEVER_STARTED = (
+    "the node of an encoder could not be reached",
+    "a node went before its encoder had started",
+)
+OF_NODES = (UNREACHABLE, NEVER_STARTED)
+"""Crashes that no image can have caused."""
+
+DEAD_ENCODER = (
+    f"the process of an encoder died {TASK_RETRIES + 1} times at the same images; is it out of memory? Lower "
+    "--batch-size, or give its node more, and run again: what was committed stays"
+)
+
 
 @contextlib.contextmanager
 def failures(stage: str) -> Iterator[None]:
@@ -42,9 +54,12 @@ def crash_of(error: BaseException) -> str | None:
     )
     if isinstance(error, crashes):
         return _cause(error)
+    # Ray asks an actor again at once, and may have done so as often as it does before it sees the node gone.
+    if isinstance(error, exceptions.ActorUnavailableError):
+        return UNREACHABLE
     # An actor that waited for a node which went before it came; Ray Data raises it in several wrappings.
     if type(error).__module__.startswith("ray.") and _NEVER_RAN in str(error):
-        return "a node went before its encoder had started"
+        return NEVER_STARTED
     # A task whose input went with its node, and the actor that could make it again is no more.
     named = _named_error(error) if isinstance(error, exceptions.RayTaskError) else None
     return _cause(error) if named and named[1] == "ray.exceptions." else None
@@ -58,10 +73,7 @@ def _cause(error: BaseException) -> str:
         if found and not found[1].startswith("ray."):
             return found[3] if found[1].startswith("for_ray.") else f"{found[2]}: {found[3]}"
     if _is_death_of_actor(error):
-        return (
-            f"the process of an encoder died {TASK_RETRIES + 1} times at the same images; is it out of "
-            "memory? Lower --batch-size, or give its node more, and run again: what was committed stays"
-        )
+        return DEAD_ENCODER
     return lines[-1] if lines else type(error).__name__
 
 

@@ -43,6 +43,7 @@ def never_started() -> ActorDiedError:
         (UserCodeException(WRAPPED), "a node went before its encoder had started"),
         (RayTaskError("write", ORPHANED.replace(NEVER_RAN, "It died."), ValueError()), "It died."),
         (RayTaskError("read", RAISED, ValueError()), None),
+        (ActorUnavailableError("connection refused", None), "the node of an encoder could not be reached"),
         (ActorDiedError(), None),
         (StorageError("refused"), None),
     ],

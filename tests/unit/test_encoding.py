@@ -1,0 +1,104 @@
+"""Passes of the encode stage: which crashes may end a run, and what is left for the next pass."""
+
+from __future__ import annotations
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from for_ray.errors import StageError
+from for_ray.index import table
+from for_ray.pipeline.encoding import encode_gap
+from for_ray.schema import LISTING_SCHEMA, WorkTime, images_schema
+from for_ray.stages import encode as stage
+from for_ray.stages.blocks import EncodeCounts
+from for_ray.stages.diff import write_gap
+from for_ray.stages.failures import DEAD_ENCODER, NEVER_STARTED, UNREACHABLE
+from for_ray.storage import Spill
+
+OF_PROCESS = "Worker unexpectedly exits"
+NUM_IMAGES = 12
+
+
+class Passes:
+    """Encode stages that store some rows each and then crash; how they were asked."""
+
+    def __init__(self, *passes: tuple[int, str | None]) -> None:
+        self._passes = list(passes)
+        self.were_apart: list[bool] = []
+        self.asked: list[list[str]] = []
+
+    def encode(self, images, gap_uri, *, num_images, is_apart, on_progress, **_):
+        num_stored, crash = self._passes.pop(0)
+        uris = sorted(pq.read_table(gap_uri)["uri"].to_pylist())
+        assert len(uris) == num_images
+        self.asked.append(uris)
+        self.were_apart.append(is_apart)
+        schema = images_schema(4)
+        columns = {field.name: pa.nulls(num_stored, field.type) for field in schema}
+        columns["uri"] = columns["etag"] = pa.array(uris[:num_stored])
+        for name in ("vectors", "boxes"):
+            columns[name] = pa.array([[]] * num_stored, schema.field(name).type)
+        images = table.append(images, table.write_fragments(pa.table(columns, schema=schema), images.uri))
+        on_progress(num_stored)
+        work = WorkTime(
+            read_seconds=1, wait_seconds=0, encode_seconds=0, write_seconds=0, num_actors=1, has_gpus=False
+        )
+        return stage.Encoded(images, EncodeCounts(stored=num_stored), work, crash)
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    def start(*passes: tuple[int, str | None]):
+        made = Passes(*passes)
+        monkeypatch.setattr(stage, "encode", made.encode)
+        listed = Spill(tmp_path / "listed", LISTING_SCHEMA)
+        uris = [f"image-{number:02}" for number in range(NUM_IMAGES)]
+        listed.add(pa.record_batch([uris, uris, [1] * NUM_IMAGES], schema=LISTING_SCHEMA))
+        listed.finish()
+        gap = write_gap(listed, [], folder=tmp_path / "diff", gap_uri=str(tmp_path / "gap"))
+        told: list[int] = []
+        given = {"job": None, "pool": None, "commit_seconds": 1.0, "most_bad": 9, "lease": None}
+        images = table.create_table(str(tmp_path / "images.lance"), images_schema(4))
+        where = {"work_uri": str(tmp_path / "gap"), "folder": tmp_path / "work"}
+        return lambda: encode_gap(images, gap, **where, **given, on_progress=told.append), made, told
+
+    return start
+
+
+def test_nodes_that_go_while_work_is_done_may_be_as_many_as_they_like(run):
+    passes = [(2, UNREACHABLE), (1, UNREACHABLE), (2, NEVER_STARTED), (2, UNREACHABLE), (2, NEVER_STARTED)]
+    start, made, told = run(*passes, (3, None))
+    encoded = start()
+    assert encoded.counts == EncodeCounts(stored=NUM_IMAGES)
+    assert encoded.work.read_seconds == 6
+    assert made.were_apart == [False] * 6
+    assert [len(uris) for uris in made.asked] == [12, 10, 9, 7, 5, 3]
+    assert sorted(encoded.table.to_table(["uri"])["uri"].to_pylist()) == made.asked[0]
+    assert told == [2, 3, 5, 7, 9, 12]
+
+
+def test_an_encoder_that_cannot_be_reached_at_its_first_image_twice_is_a_dead_one(run):
+    start, _, _ = run((4, UNREACHABLE), (0, UNREACHABLE))
+    with pytest.raises(StageError, match="died 4 times at the same images") as caught:
+        start()
+    assert DEAD_ENCODER in str(caught.value)
+
+
+def test_a_process_that_dies_has_images_decoded_apart_and_ends_the_run_the_fourth_time(run):
+    start, made, _ = run((1, UNREACHABLE), (1, OF_PROCESS), (1, NEVER_STARTED), *[(1, OF_PROCESS)] * 3)
+    with pytest.raises(StageError, match=f"in 4 attempts, though no image is to blame: {OF_PROCESS}"):
+        start()
+    assert made.were_apart == [False, False, True, True, True, True]
+
+
+def test_nodes_that_go_before_anything_is_done_end_the_run_the_fourth_time(run):
+    start, made, _ = run(*[(0, NEVER_STARTED)] * 4)
+    with pytest.raises(StageError, match="in 4 attempts"):
+        start()
+    assert made.were_apart == [False] * 4
+
+
+def test_a_crash_behind_the_last_image_is_none(run):
+    start, _, _ = run((NUM_IMAGES, OF_PROCESS))
+    assert start().crash is None
