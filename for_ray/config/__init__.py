@@ -11,6 +11,7 @@ from for_ray.config.index import IndexSettings
 from for_ray.config.label import LabelSettings
 from for_ray.config.reading import read_settings
 from for_ray.config.search import SearchSettings
+from for_ray.config.serve import ServeSettings
 
 __all__ = [
     "EvaluateSettings",
@@ -18,5 +19,6 @@ __all__ = [
     "IndexSettings",
     "LabelSettings",
     "SearchSettings",
+    "ServeSettings",
     "read_settings",
 ]

@@ -80,6 +80,8 @@ class ShardSet:
         nprobe: Lists that a search looks at in each segment.
         num_shards: Actors, as many as there are segments at most.
         threads: FAISS's threads of each for several queries at once.
+        num_cpus: That an actor reserves of its node; as many as threads where None. A service that opens a
+            snapshot beside the one that it serves takes a fraction, or both would need a CPU each.
         cache_path: For segments of a bucket, on the actors' disks; the usual cache where None.
 
     Raises:
@@ -97,11 +99,13 @@ class ShardSet:
         nprobe: int,
         num_shards: int,
         threads: int = 1,
+        num_cpus: float | None = None,
         cache_path: Path | None = None,
     ) -> None:
         shards = assign_segments(segments, num_shards) if segments else []
         actor = ray.remote(_Shard).options(
-            num_cpus=threads,
+            num_cpus=threads if num_cpus is None else num_cpus,
+            scheduling_strategy="SPREAD",  # each node's memory holds a part, also where CPUs would do on one
             max_concurrency=QUESTIONS_AT_ONCE,
             max_restarts=-1,
             max_task_retries=TASK_RETRIES,
