@@ -128,6 +128,18 @@ def open_index(path: Path, *, io_flags: int = 0) -> faiss.Index:
     return index
 
 
+def write_index(index: faiss.Index, path: Path) -> None:
+    """Write an index to disk, or say that it could not be.
+
+    FAISS's own writer closes a file without looking at what the disk says of its last bytes.
+
+    Raises:
+        OSError: The disk refused to take the file; a part of it may stay.
+    """
+    with path.open("wb") as file:
+        faiss.write_index(index, faiss.PyCallbackIOWriter(file.write))
+
+
 def _faiss_reason(error: RuntimeError) -> str:
     """FAISS's message without its C++ signature and line breaks."""
     return " ".join(str(error).rsplit("Error: ", 1)[-1].split())

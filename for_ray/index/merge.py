@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from for_ray.errors import ConfigError, DataError
-from for_ray.index.codec import open_index
+from for_ray.index.codec import open_index, write_index
 from for_ray.index.probe import check_same_codec
 from for_ray.index.segment import SegmentFile, write_whole
 from for_ray.index.selection import is_among
@@ -122,7 +122,7 @@ def _write_codec(segment_path: Path, path: Path, *, num_vectors: int) -> None:
     lists.this.disown()  # the index frees them
     ivf.replace_invlists(lists, True)
     ivf.ntotal = index.ntotal = num_vectors
-    faiss.write_index(index, str(path))
+    write_index(index, path)
 
 
 # What FAISS's `write_InvertedLists` writes, the last part of a file: "ilar", nlist and the bytes of a code as

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from for_ray.errors import DataError, StorageError
-from for_ray.index.codec import read_codec
+from for_ray.index.codec import read_codec, write_index
 from for_ray.schema import image_ids_of, slots_of
 
 CHUNK_VECTORS = 1 << 15
@@ -82,7 +82,7 @@ def write_segment(index: faiss.Index, path: Path) -> SegmentFile:
     """
     lists = faiss.extract_index_ivf(index).invlists
     sizes = np.fromiter(map(lists.list_size, range(lists.nlist)), np.int64, lists.nlist)
-    return write_whole(path, sizes, lambda part: faiss.write_index(index, str(part)))
+    return write_whole(path, sizes, lambda part: write_index(index, part))
 
 
 def write_whole(path: Path, sizes: NDArray[np.int64], write: Callable[[Path], None]) -> SegmentFile:
@@ -107,7 +107,8 @@ def write_whole(path: Path, sizes: NDArray[np.int64], write: Callable[[Path], No
     except (RuntimeError, OSError) as error:
         reason = " ".join(str(error).rsplit("Error: ", 1)[-1].split())
         raise StorageError(
-            f"cannot write segment {path}: {reason}; free space or choose another disk"
+            f"cannot write segment {path}: {reason}; free space there, or set TMPDIR to a folder on another "
+            "disk"
         ) from error
     finally:
         part.unlink(missing_ok=True)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Callable, Sequence
+import resource
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -93,3 +95,19 @@ def build(tmp_path: Path) -> Callable[..., Built]:
         return Built(plan, codec_path, paths)
 
     return make
+
+
+@pytest.fixture
+def little_space() -> Callable[[int], contextlib.AbstractContextManager[None]]:
+    """Inside, this process can write no file with more bytes, as on a disk that gets full."""
+
+    @contextlib.contextmanager
+    def limited(num_bytes: int) -> Iterator[None]:
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    return limited

@@ -250,30 +250,36 @@ def test_a_part_that_is_cut_short_is_named(images, build, tmp_path):
         merge_segments(parts, tmp_path / "merged", dead_image_ids=NONE)
 
 
-def test_a_disk_that_gets_full_leaves_no_half_file(images, build, tmp_path, monkeypatch):
+@pytest.mark.parametrize("is_dead", [False, True])
+def test_a_disk_that_gets_full_leaves_no_half_file(images, dead, build, is_dead, little_space, tmp_path):
+    """Whatever is missing: the last byte, ids, codes, or a part of the codec."""
     parts = build(images, "IVF8,SQ8", cuts=(70,)).paths
+    gone = dead if is_dead else NONE
+    whole = merge_segments(parts, tmp_path / "whole", dead_image_ids=gone)
     path = tmp_path / "merged"
     path.write_bytes(b"what was there")
-
-    def write(index: faiss.Index, name: str) -> None:
-        Path(name).write_bytes(b"half")
-        raise RuntimeError("Error in write: Error: 'ret == 1' failed: No space left on device")
-
-    monkeypatch.setattr(faiss, "write_index", write)
-    with pytest.raises(StorageError, match=r"cannot write segment .*No space left on device"):
-        merge_segments(parts, path, dead_image_ids=NONE)
-    assert path.read_bytes() == b"what was there"
-    assert list(tmp_path.glob("*.part")) == []
+    for num_bytes in (whole.num_bytes - 1, whole.num_bytes - 300, whole.num_bytes // 2, 1000, 100):
+        with (
+            little_space(num_bytes),
+            pytest.raises(
+                StorageError, match=r"^cannot write segment .*/merged: .*File too large; free space"
+            ),
+        ):
+            merge_segments(parts, path, dead_image_ids=gone)
+        assert path.read_bytes() == b"what was there"
+        assert list(tmp_path.glob("*.part")) == []
+    with little_space(whole.num_bytes):
+        assert merge_segments(parts, path, dead_image_ids=gone) == whole._replace(path=path)
+    assert path.read_bytes() == whole.path.read_bytes()
 
 
 def test_a_faiss_that_writes_in_another_way_is_refused(images, build, tmp_path, monkeypatch):
     parts = build(images, "IVF8,SQ8", cuts=(70,)).paths
     write = faiss.write_index
 
-    def write_more(index: faiss.Index, name: str) -> None:
-        write(index, name)
-        with Path(name).open("ab") as file:
-            file.write(b"more")
+    def write_more(index: faiss.Index, writer: faiss.IOWriter) -> None:
+        write(index, writer)
+        writer(faiss.swig_ptr(np.zeros(4, np.uint8)), 1, 4)
 
     monkeypatch.setattr(faiss, "write_index", write_more)
     with pytest.raises(

@@ -105,6 +105,26 @@ def test_a_disk_that_refuses_is_a_storage_error(images, codec_path, tmp_path):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("factory", ["IVF8,Flat", "HR,IVF8,RaBitQ4"])
+def test_a_disk_that_gets_full_leaves_no_half_file(images, build, factory, little_space, tmp_path):
+    """Whatever is missing: the last byte, ids, codes, or a part of the codec."""
+    built = build(images, factory)
+    whole, path = built.paths[0].read_bytes(), tmp_path / "segment.faiss"
+    batches = [(images.vector_ids, images.vectors)]
+    for num_bytes in (len(whole) - 1, len(whole) - 300, len(whole) // 2, 100):
+        with (
+            little_space(num_bytes),
+            pytest.raises(
+                StorageError, match=r"^cannot write segment .*/segment\.faiss: .*File too large; free"
+            ),
+        ):
+            build_segment(built.codec_path, batches, path, threads=1)
+        assert list(tmp_path.glob("segment*")) == []
+    with little_space(len(whole)):
+        build_segment(built.codec_path, batches, path, threads=1)
+    assert path.read_bytes() == whole
+
+
 def test_the_last_slot_is_kept(images, codec_path, tmp_path):
     ids = pack_vector_ids(np.array([7]), np.array([255]))
     written = build_segment(codec_path, [(ids, images.vectors[:1])], tmp_path / "one", threads=1)
