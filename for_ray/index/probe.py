@@ -45,6 +45,9 @@ class Searchable(Protocol):
     def num_vectors(self) -> int:
         """In all segments, those of images that are gone among them."""
 
+    def close(self) -> None:
+        """Give back memory and processes; not to be searched again."""
+
     def search(
         self,
         queries: NDArray[np.floating],

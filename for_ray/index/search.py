@@ -168,6 +168,10 @@ class SegmentSet:
         probes = choose_lists(pairs[0][0], queries, nprobe)
         return merge_hits([search_segment(segment, probes, k, part) for segment, part in pairs], k)
 
+    def close(self) -> None:
+        """Unmap the files, as soon as no search runs in them; not to be searched again."""
+        self._segments = []
+
 
 def open_segments(
     layout: Layout,

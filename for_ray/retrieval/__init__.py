@@ -8,9 +8,10 @@
 """
 
 from for_ray.retrieval.grammar import QuestionError
-from for_ray.retrieval.opened import OpenIndex, open_index, snapshot_of_page
-from for_ray.retrieval.queries import check_question
+from for_ray.retrieval.opened import OpenIndex, check_index, open_index, snapshot_of_page
+from for_ray.retrieval.queries import PictureError, check_question
 from for_ray.retrieval.question import FOLD_AT, MAX_HITS, Answer, Filters, Found, Hit, Question
+from for_ray.retrieval.rows import StoredImage, StoredObjects
 from for_ray.retrieval.sheets import check_sheet, read_example
 
 __all__ = [
@@ -21,8 +22,12 @@ __all__ = [
     "Found",
     "Hit",
     "OpenIndex",
+    "PictureError",
     "Question",
     "QuestionError",
+    "StoredImage",
+    "StoredObjects",
+    "check_index",
     "check_question",
     "check_sheet",
     "open_index",

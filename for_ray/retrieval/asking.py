@@ -17,7 +17,7 @@ from for_ray.index.search import RankedImages, search_images
 from for_ray.index.similar import search_similar
 from for_ray.retrieval.paging import PageEnd, depths, is_behind
 from for_ray.retrieval.question import MAX_HITS, Answer, Found, Hit, Query, Question
-from for_ray.retrieval.rows import objects_of, take_objects, take_rows, take_vectors
+from for_ray.retrieval.rows import SHOWN, objects_of, take_objects, take_rows, take_vectors
 from for_ray.schema import Snapshot, unpack_boxes
 from for_ray.sheet import Box
 
@@ -175,10 +175,10 @@ class Search:
             return ()
         folded = {place: np.flatnonzero(leaders == place)[1:] for place in places.tolist()}
         wanted = np.concatenate([places, *folded.values()])
-        rows = take_rows(self.images, ranking.image_ids[wanted], ["uri", "etag", "vectors", "boxes"])
+        rows = take_rows(self.images, ranking.image_ids[wanted], [*SHOWN, "vectors", "boxes"])
         objects = objects_of(rows)
         row_of = {image_id: row for row, image_id in enumerate(objects.image_ids.tolist())}
-        uris, etags = rows["uri"].to_pylist(), rows["etag"].to_pylist()
+        uris, etags, widths, heights = (rows[name].to_pylist() for name in SHOWN)
         hits = []
         for place in places.tolist():
             image_id = int(ranking.image_ids[place])
@@ -188,7 +188,8 @@ class Search:
             same = tuple(uris[copy] for copy in copies)
             score = float(ranking.scores[place])
             etag = etags[row] or ""
-            hits.append(Hit(uris[row], score, image_id, first.slot, first.box, etag, found, same))
+            where = (image_id, first.slot, first.box, etag)
+            hits.append(Hit(uris[row], score, *where, found, same, widths[row], heights[row]))
         return tuple(hits)
 
     def _found(self, objects: ImageObjects, row: int, clause: int) -> tuple[Found, ...]:

@@ -25,6 +25,7 @@ from for_ray.index.table import open_table
 from for_ray.model.bundle import Bundle, open_bundle
 from for_ray.retrieval.asking import Search
 from for_ray.retrieval.filters import columns_of, filtered_ids
+from for_ray.retrieval.names import NameVectors
 from for_ray.retrieval.paging import check_page, read_token
 from for_ray.retrieval.queries import (
     check_count,
@@ -35,7 +36,14 @@ from for_ray.retrieval.queries import (
     unwanted_limits,
 )
 from for_ray.retrieval.question import Answer, Hit, Query, Question
-from for_ray.retrieval.rows import REMEDY, sample_vectors
+from for_ray.retrieval.rows import (
+    REMEDY,
+    StoredImage,
+    StoredObjects,
+    find_image,
+    find_objects,
+    sample_vectors,
+)
 from for_ray.retrieval.sheets import sheet_of
 from for_ray.schema import Layout, Snapshot
 from for_ray.storage.refusals import lance_refusals
@@ -52,6 +60,8 @@ def open_index(
     device: str = "cpu",
     cache_path: Path | None = None,
     num_shards: int | None = None,
+    shard_cpus: float | None = None,
+    beside: OpenIndex | None = None,
 ) -> OpenIndex:
     """Open a published snapshot of an index; segments in a bucket are fetched and kept on this disk.
 
@@ -63,6 +73,8 @@ def open_index(
         cache_path: Where segments of a bucket are kept; the user's cache folder when left out.
         num_shards: Ray actors that the segments are shared out among, on the cluster that this process has
             joined; in this process alone when left out.
+        shard_cpus: CPUs that each of these actors reserves; one when left out.
+        beside: An opened index whose encoder serves this one too, where it is the same.
 
     Raises:
         ConfigError: The index is of another encoder.
@@ -82,35 +94,87 @@ def open_index(
     else:
         from for_ray.stages.shards import ShardSet  # Ray takes a second to import
 
-        segments = ShardSet(*which, nprobe=snapshot.nprobe, num_shards=num_shards, cache_path=cache_path)
-    return OpenIndex(snapshot, bundle=bundle, images=images, segments=segments, device=device)
+        segments = ShardSet(
+            *which,
+            nprobe=snapshot.nprobe,
+            num_shards=num_shards,
+            num_cpus=shard_cpus,
+            cache_path=cache_path,
+        )
+    texts = None if beside is None else beside.texts_for(bundle)
+    return OpenIndex(snapshot, bundle=bundle, images=images, segments=segments, device=device, texts=texts)
+
+
+def check_index(index_uri: str, *, encoder: str | None = None) -> None:
+    """Whether a snapshot is published there, made with this encoder; nothing is opened.
+
+    Raises:
+        ConfigError: The index is of another encoder.
+        DataError: Nothing is published there.
+        StorageError: The store refused.
+    """
+    layout = Layout(storage.canonical_uri(index_uri))
+    snapshot = snapshots.latest(layout)
+    if encoder is not None:
+        _check_encoder(encoder, layout, snapshot)
 
 
 class OpenIndex:
     """One snapshot of an index, ready to be asked; threads may share it. `open_index` makes it."""
 
     def __init__(
-        self, snapshot: Snapshot, *, bundle: Bundle, images: Any, segments: Searchable, device: str
+        self,
+        snapshot: Snapshot,
+        *,
+        bundle: Bundle,
+        images: Any,
+        segments: Searchable,
+        device: str,
+        texts: NameVectors | None = None,
     ) -> None:
         self.snapshot = snapshot
         self.bundle = bundle
         self._images = images
         self._segments = segments
         self._device = device
-        self._encoder: Encoder | None = None
+        self._texts = texts
+        self._is_closed = False
         self._sample: ImageVectors | None = None
         self._lock = threading.Lock()
 
     @property
     def encoder(self) -> Encoder:
         """The index's own encoder; loaded when the first question comes."""
-        with self._lock:
-            if self._encoder is None:
-                # torch and open_clip take seconds to import; what is wrong with an index is said before.
-                from for_ray.model.encoder import load_encoder
+        return self._names().encoder
 
-                self._encoder = load_encoder(self.bundle, device=self._device)
-            return self._encoder
+    def texts_for(self, bundle: Bundle) -> NameVectors | None:
+        """This index's encoder, and the names it has embedded; None where the bundle's is another."""
+        mine = (self.bundle.fingerprint, self.bundle.text_fingerprint)
+        return self._texts if mine == (bundle.fingerprint, bundle.text_fingerprint) else None
+
+    def warm(self) -> None:
+        """Do what the first question would wait for: load the encoder, read the table and the segments.
+
+        Raises:
+            ConfigError: The encoder's weights can't be had.
+            DataError: The index lacks what its snapshot names.
+            StorageError: The store refused.
+        """
+        self.ask(Question(text="a photo NOT a drawing", k=1))
+
+    def close(self) -> None:
+        """Give back what it holds: segments are unmapped, shards end; nothing can be asked any more."""
+        self._is_closed = True
+        self._segments.close()
+        self._images = self._sample = self._texts = None
+
+    def image(self, image_id: int) -> StoredImage | None:
+        """Which image an id stands for; None where this snapshot does not hold it."""
+        return find_image(self._images, image_id)
+
+    def objects(self, image_id: int) -> StoredObjects | None:
+        """What this snapshot holds of an image; None where it does not hold it."""
+        return find_objects(self._images, image_id)
 
     @property
     def columns(self) -> list[str]:
@@ -127,10 +191,13 @@ class OpenIndex:
             QuestionError: The words don't parse; a `ConfigError` with a caret under the spot.
             ConfigError: The question asks for nothing, a number or a filter is wrong, or the page is of
                 another question or snapshot.
-            DataError: The picture can't be decoded, or the index lacks what its snapshot names.
+            PictureError: The picture can't be decoded.
+            DataError: The index lacks what its snapshot names.
             StorageError: The store refused.
         """
         check_question(question)
+        if self._is_closed:
+            raise ValueError("the index was closed: open it again")
         started = time.perf_counter()
         query = self._query(question)
         encoded = time.perf_counter()
@@ -165,9 +232,18 @@ class OpenIndex:
         whole = f"{self.snapshot.indexed:,} images · {about}"
         storage.write_bytes(str(path), sheet_of(hits, title=title, whole=whole, names=names, example=example))
 
+    def _names(self) -> NameVectors:
+        with self._lock:
+            if self._texts is None:
+                # torch and open_clip take seconds to import; what is wrong with an index is said before.
+                from for_ray.model.encoder import load_encoder
+
+                self._texts = NameVectors(load_encoder(self.bundle, device=self._device))
+            return self._texts
+
     def _query(self, question: Question) -> Query:
         if question.text is not None:
-            return text_query(question.text, self.encoder)
+            return text_query(question.text, self._names())
         if question.image is not None:
             return picture_query(question.image, question.region, self.encoder)
         return like_query(question.like or "", self._images)

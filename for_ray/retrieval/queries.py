@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from for_ray.errors import ConfigError
+from for_ray.errors import ConfigError, DataError
 from for_ray.index.search import ImageVectors
 from for_ray.retrieval.grammar import parse
+from for_ray.retrieval.names import NameVectors
 from for_ray.retrieval.question import MAX_HITS, Query, Question
 from for_ray.retrieval.rows import take_vectors
 from for_ray.sheet import Box
@@ -20,6 +21,11 @@ if TYPE_CHECKING:
 
 LIMIT_SPREADS = 3.0
 """How far above the lower quartile of the index's scores the limit of a NOT lies, in spreads below it."""
+
+
+class PictureError(DataError):
+    """The picture that is asked with can't be decoded."""
+
 
 _LIKE = re.compile(r"(\d{1,18})(?::(\d{1,3}))?")
 
@@ -58,11 +64,11 @@ def check_count(k: int) -> None:
         raise ConfigError(f"a search ranks 1 to {MAX_HITS:,} images, got {k:,}: ask for a number in between")
 
 
-def text_query(text: str, encoder: Encoder) -> Query:
+def text_query(text: str, texts: NameVectors) -> Query:
     """The names of a question through the encoder's prompts."""
     parsed = parse(text)
     clauses = tuple((clause.wanted, clause.unwanted) for clause in parsed.clauses)
-    return Query(np.asarray(encoder.embed_text(parsed.names), np.float32), parsed.names, clauses)
+    return Query(texts.embed(parsed.names), parsed.names, clauses)
 
 
 def picture_query(image: bytes, region: Box | None, encoder: Encoder) -> Query:
@@ -73,11 +79,14 @@ def picture_query(image: bytes, region: Box | None, encoder: Encoder) -> Query:
     it as is best, of 0.44, and of 0.12 with nothing around it.
 
     Raises:
-        DataError: The picture can't be decoded.
+        PictureError: The picture can't be decoded.
     """
-    if region is None:
-        return Query(encoder.embed_image(image))
-    vectors, boxes = _objects_of_picture(image, encoder)
+    try:
+        if region is None:
+            return Query(encoder.embed_image(image))
+        vectors, boxes = _objects_of_picture(image, encoder)
+    except DataError as error:
+        raise PictureError(str(error)) from error
     return Query(vectors[[int(np.argmax(overlaps(boxes, region)))]])
 
 

@@ -122,6 +122,8 @@ class Hit:
         etag: The state of the image that was encoded, for `storage.read_image`; may be empty.
         found: One for each name that the image answers, in the question's order.
         folded: Uris of images that are nearly the same, and not in the answer.
+        width: Of the upright image in pixels; None where it is not known.
+        height: Likewise.
     """
 
     uri: str
@@ -132,6 +134,8 @@ class Hit:
     etag: str
     found: tuple[Found, ...] = ()
     folded: tuple[str, ...] = ()
+    width: int | None = None
+    height: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         """What `jobs/search.py --json` prints of a hit."""

@@ -16,6 +16,7 @@ from for_ray.index import conjunction, search
 from for_ray.model.bundle import Bundle
 from for_ray.model.encoder import Encoded
 from for_ray.retrieval import Answer, Filters, OpenIndex, Question, asking, open_index
+from for_ray.retrieval.names import NameVectors
 from for_ray.retrieval.queries import overlaps, unwanted_limits
 from tests.planted import Planted, PlantedIndex
 
@@ -40,7 +41,7 @@ def opened(planted: PlantedIndex) -> OpenIndex:
     """The index, published, with names that are axes."""
     planted.publish(nprobe=2)
     index = open_index(planted.uri)
-    index._encoder = Names()  # type: ignore[assignment]
+    index._texts = NameVectors(Names())  # type: ignore[arg-type]
     return index
 
 
@@ -258,7 +259,7 @@ class Pictures(Names):
 def test_region_takes_the_slot_that_fits_best(index: OpenIndex, monkeypatch: pytest.MonkeyPatch) -> None:
     written = io.BytesIO()
     Image.new("RGB", (80, 60)).save(written, "PNG")
-    monkeypatch.setattr(index, "_encoder", Pictures(index.bundle))
+    monkeypatch.setattr(index, "_texts", NameVectors(Pictures(index.bundle)))
     for region, best in (((0.0, 0.0, 0.45, 0.9), "dogs"), ((0.4, 0.1, 1.0, 0.9), "mixed"), (WHOLE, "dogs")):
         answer = index.ask(Question(image=written.getvalue(), region=region, k=1))
         assert names(answer) == [best]
