@@ -4,6 +4,8 @@
     lvis:ANNOTATIONS.json:IMAGES     LVIS v1; IMAGES holds train2017/ and val2017/
     nuimages:ROOT:VERSION            nuImages; ROOT holds VERSION/ and samples/
     picturebook:DIR                  what `python -m for_ray.datasets.picturebook` draws
+    folder:DIR                       folders of images that are named after classes
+    labels:FILE.csv|.tsv|.parquet    a table of `uri` and `label`
 
 Each place is a path or `s3://bucket/…`.
 """
@@ -14,6 +16,7 @@ import re
 from collections.abc import Callable
 from pathlib import PurePosixPath
 
+from for_ray.datasets.classes import read_class_folders, read_class_table
 from for_ray.datasets.coco import read_coco
 from for_ray.datasets.labelled import LabelledImages
 from for_ray.datasets.lvis import read_lvis
@@ -27,6 +30,8 @@ FORMS = {
     "lvis": "lvis:ANNOTATIONS.json:IMAGES",
     "nuimages": "nuimages:ROOT:VERSION",
     "picturebook": "picturebook:DIR",
+    "folder": "folder:DIR",
+    "labels": "labels:FILE",
 }
 
 
@@ -36,7 +41,8 @@ def open_dataset(spec: str, *, split: str | None = None) -> LabelledImages:
     Args:
         spec: As this module says.
         split: A JSON file `{"base": [names], "novel": [names]}`. By default: COCO-OVD's for COCO, rare
-            categories as novel for LVIS, detection classes as base for nuImages, the picture book's own.
+            categories as novel for LVIS, detection classes as base for nuImages, the picture book's own, all
+            as base for class folders and tables.
 
     Raises:
         ConfigError: The spec or the split is wrong, or a split is needed.
@@ -77,11 +83,21 @@ def _open_picturebook(folder: str, split: Split | None) -> LabelledImages:
     return read_coco(annotations, images, split, name=f"picturebook {_stem(folder)}")
 
 
+def _open_folder(folder: str, split: Split | None) -> LabelledImages:
+    return read_class_folders(folder, split, name=f"folder {_stem(folder)}")
+
+
+def _open_labels(table: str, split: Split | None) -> LabelledImages:
+    return read_class_table(table, split, name=f"labels {_stem(table)}")
+
+
 _READERS: dict[str, Callable[[str, Split | None], LabelledImages]] = {
     "coco": _open_coco,
     "lvis": _open_lvis,
     "nuimages": _open_nuimages,
     "picturebook": _open_picturebook,
+    "folder": _open_folder,
+    "labels": _open_labels,
 }
 
 
