@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -10,12 +12,19 @@ from numpy.typing import NDArray
 
 from for_ray import storage
 from for_ray.errors import ConfigError
-from for_ray.retrieval.question import Filters
+from for_ray.index.selection import ALL_IDS
+from for_ray.retrieval.question import Filters, shortened
+from for_ray.retrieval.rows import REMEDY
 from for_ray.storage.refusals import lance_refusals
 
 MAX_FILTER_LETTERS = 10_000
 """Of one filter."""
 
+MAX_REASON_LETTERS = 200
+"""Of what Lance says of a filter: it may show whole trees."""
+
+# What is passed over where parentheses are counted: text, names, comments.
+_UNREAD = re.compile(r"'[^']*'|\"[^\"]*\"|`[^`]*`|--[^\n]*|/\*.*?\*/", re.DOTALL)
 _OWN_COLUMNS = frozenset({"vectors", "boxes", "error"})  # of no use in a filter
 
 
@@ -32,18 +41,24 @@ def filtered_ids(images: Any, filters: Filters) -> NDArray[np.int64] | None:
     """
     if not filters:
         return None
-    ids = None if filters.image_ids is None else np.unique(np.asarray(filters.image_ids, np.int64))
-    ids = None if ids is None else ids[ids >= 0]  # a row id has no sign
+    ids = None if filters.image_ids is None else _known_ids(filters.image_ids)
     if filters.under is None and filters.glob is None and filters.where is None:
         return ids
     for value in (filters.under, filters.glob, filters.where):
-        if value is not None and not 1 <= len(value.strip()) <= len(value) <= MAX_FILTER_LETTERS:
-            found = f"a filter has 1 to {MAX_FILTER_LETTERS:,} letters, got {len(value):,}"
-            raise ConfigError(f"{found}: leave it out, or give a table of ids")
-    if filters.where is not None:
-        _check_where(images, filters.where)
-    found_ids = _row_ids(images, " AND ".join(_conditions(filters)))
+        if value is not None and not (value.strip() and len(value) <= MAX_FILTER_LETTERS):
+            got = f"{len(value):,}" if value.strip() else "none but spaces"
+            found = f"a filter has 1 to {MAX_FILTER_LETTERS:,} letters, got {got}"
+            raise ConfigError(f"{found}: leave it out, or give ids")
+    conditions = _conditions(filters)
+    for named, condition in conditions.items() if len(conditions) > 1 else ():
+        _check_condition(images, condition, named=named)
+    found_ids = _row_ids(images, " AND ".join(conditions.values()), named=" and ".join(conditions))
     return found_ids if ids is None else np.intersect1d(ids, found_ids, assume_unique=True)
+
+
+def _known_ids(image_ids: Sequence[int]) -> NDArray[np.int64]:
+    """Ascending, each once, without those that no image can have."""
+    return np.unique(np.array([each for each in image_ids if 0 <= each < ALL_IDS[1]], np.int64))
 
 
 def columns_of(images: Any) -> list[str]:
@@ -68,9 +83,10 @@ def pattern_of(glob: str) -> str:
     while place < len(glob):
         letter = glob[place]
         if letter == "[":
-            end = glob.find("]", place + 2)
+            end = glob.find("]", place + 2 + glob.startswith("!", place + 1))  # the first ] is one of them
             if end < 0:
-                raise ConfigError(f"the pattern {glob!r}: the bracket at letter {place + 1} is never closed")
+                named = f"the pattern {shortened(glob)!r}"
+                raise ConfigError(f"{named}: the bracket at letter {place + 1} is never closed; add ]")
             inside = glob[place + 1 : end]
             negated, inside = inside[:1] == "!", inside.removeprefix("!")
             escaped = re.sub(r"([][\\^&~])", r"\\\1", inside)
@@ -82,15 +98,20 @@ def pattern_of(glob: str) -> str:
     return f"^(?s:{''.join(parts)})$"
 
 
-def _conditions(filters: Filters) -> list[str]:
-    conditions = []
+def _conditions(filters: Filters) -> dict[str, str]:
+    """What must hold as Lance's SQL, by what a refusal calls it."""
+    conditions = {}
     if filters.under is not None:
-        conditions.append(f"starts_with(uri, {_quoted(prefix_of(filters.under))})")
+        named = f"the prefix {shortened(filters.under)!r}"
+        conditions[named] = f"starts_with(uri, {_quoted(prefix_of(filters.under))})"
     if filters.glob is not None:
-        conditions.append(f"regexp_like(uri, {_quoted(pattern_of(filters.glob))})")
+        named = f"the pattern {shortened(filters.glob)!r}"
+        conditions[named] = f"regexp_like(uri, {_quoted(pattern_of(filters.glob))})"
     if filters.where is not None:
+        named = f"the filter {shortened(filters.where)!r}"
+        _check_parentheses(filters.where, named=named)
         # On lines of its own, since it may end with a comment.
-        conditions.append(f"(\n{filters.where}\n)")
+        conditions[named] = f"(\n{filters.where}\n)"
     return conditions
 
 
@@ -98,18 +119,36 @@ def _quoted(text: str) -> str:
     return "'" + text.replace("'", "''") + "'"
 
 
-def _check_where(images: Any, where: str) -> None:
-    """Whether the filter is one by itself, of columns that there are: read for no row."""
-    try:
-        images.scanner(columns=["uri"], filter=where, limit=0).to_table()
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split(", /")[0].split())
-        reason = reason.split(" Valid fields are")[0].removeprefix("Invalid user input: ").rstrip(".")
-        columns = ", ".join(columns_of(images))
-        raise ConfigError(f"the filter {where!r} is not understood: {reason}; columns: {columns}") from error
+def _check_parentheses(where: str, *, named: str) -> None:
+    """Whether none is closed that is not open: Lance reads up to there, and takes no notice of the rest."""
+    depth = 0
+    for letter in _UNREAD.sub("", where):
+        depth += (letter == "(") - (letter == ")")
+        if depth < 0:
+            raise ConfigError(f"{named} is not understood: a parenthesis is closed that was never opened")
 
 
-def _row_ids(images: Any, condition: str) -> NDArray[np.int64]:
-    with lance_refusals(images.uri):
+def _check_condition(images: Any, condition: str, *, named: str) -> None:
+    """Whether a condition is understood by itself, to know which of several is not: read for no row."""
+    with _misunderstandings(images, named):
+        images.scanner(columns=["uri"], filter=condition, limit=0).to_table()
+
+
+def _row_ids(images: Any, condition: str, *, named: str) -> NDArray[np.int64]:
+    # A value that cannot be cast, or a zero that is divided by, shows in its row only.
+    with lance_refusals(images.uri, remedy=REMEDY), _misunderstandings(images, named):
         rows = images.to_table(columns=[], filter=condition, with_row_id=True)
     return np.sort(rows["_rowid"].to_numpy().astype(np.int64))
+
+
+@contextmanager
+def _misunderstandings(images: Any, named: str) -> Iterator[None]:
+    """Tell what Lance says of a condition, as it refuses one, in one line."""
+    try:
+        yield
+    except ValueError as error:
+        reason = " ".join(str(error).split(", /")[0].split())
+        reason = reason.split(" Valid fields are")[0].removeprefix("Invalid user input: ").rstrip(".")
+        reason = shortened(reason, MAX_REASON_LETTERS)
+        columns = ", ".join(columns_of(images))
+        raise ConfigError(f"{named} is not understood: {reason}; columns: {columns}") from error

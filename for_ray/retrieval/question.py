@@ -21,6 +21,12 @@ FOLD_AT = 0.935
 40 or with a fifth more brightness are above this, and none of the images that are the nearest others."""
 
 
+def shortened(text: str, num_letters: int = 100) -> str:
+    """A text as a part of one line: without line breaks, and cut where it is longer."""
+    line = " ".join(text.split())
+    return line if len(line) <= num_letters else f"{line[:num_letters]}…"
+
+
 @dataclass(frozen=True)
 class Filters:
     """Which images may be found; all that are given must hold.
@@ -41,7 +47,8 @@ class Filters:
         return any(each is not None for each in (self.under, self.glob, self.where, self.image_ids))
 
     def __str__(self) -> str:
-        parts = [f"{name} {value}" for name, value in self._named().items() if value is not None]
+        named = self._named().items()
+        parts = [f"{name} {shortened(value)}" for name, value in named if value is not None]
         return ", ".join(parts)
 
     def _named(self) -> dict[str, str | None]:
