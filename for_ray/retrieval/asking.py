@@ -21,7 +21,7 @@ from for_ray.retrieval.rows import SHOWN, objects_of, take_objects, take_rows, t
 from for_ray.schema import Snapshot, unpack_boxes
 from for_ray.sheet import Box
 
-MAX_FOLDED = 1024
+MAX_FOLDED = 1000
 """Hits of a folded question, its pages together; no deeper ranking is tried: each of its images is compared
 with all that are kept before it."""
 
@@ -67,7 +67,7 @@ class Search:
     def answer(self) -> Answer:
         """Rank as deep as the page needs."""
         question, num_before = self.question, self.end.num_shown if self.end else 0
-        deepest = MAX_HITS if question.fold_at is None else MAX_FOLDED
+        deepest = self._deepest
         if num_before + question.k > deepest:
             what = "all that one question ranks" if question.fold_at is None else "all that are folded"
             found = f"the answer would reach beyond {deepest:,} images, {what}"
@@ -81,6 +81,11 @@ class Search:
             if len(shown) > question.k or not ranking.is_full or depth >= deepest or self._is_below(ranking):
                 break
         return self._answer(ranking, leaders, shown)
+
+    @property
+    def _deepest(self) -> int:
+        """Hits that the question has at most, its pages together."""
+        return MAX_HITS if self.question.fold_at is None else MAX_FOLDED
 
     def _is_below(self, ranking: Ranking) -> bool:
         """Whether the ranking goes on where no score is high enough."""
@@ -209,7 +214,7 @@ class Search:
 
     def _next_page(self, hits: tuple[Hit, ...]) -> str | None:
         num_shown = len(hits) + (self.end.num_shown if self.end else 0)
-        if num_shown >= MAX_HITS:
+        if num_shown >= self._deepest:
             return None
         last = hits[-1]
         key = self.question.key

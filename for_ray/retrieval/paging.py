@@ -18,6 +18,13 @@ All pages inside a rung are cut from one and the same ranking, whatever their si
 candidates of its own, an image could come twice, or never."""
 
 
+MAX_TOKEN_LETTERS = 300
+"""Of a token; those that are given have some 120."""
+
+MAX_SCORE = 1.01
+"""Of a hit: a cosine, but for rounding."""
+
+
 class PageEnd(NamedTuple):
     """The last hit of a page.
 
@@ -47,10 +54,13 @@ def read_token(token: str) -> PageEnd:
         ConfigError: It is none.
     """
     try:
-        values = json.loads(base64.b64decode(token + "=" * (-len(token) % 4), altchars=b"-_", validate=True))
+        whole = token if len(token) <= MAX_TOKEN_LETTERS else ""
+        values = json.loads(base64.b64decode(whole + "=" * (-len(whole) % 4), altchars=b"-_", validate=True))
         kinds = (int, str, int, float, int)
-        if isinstance(values, list) and list(map(type, values)) == list(kinds) and values[2] > 0:
-            return PageEnd(*values)
+        if isinstance(values, list) and list(map(type, values)) == list(kinds):
+            end = PageEnd(*values)
+            if end.num_shown > 0 and abs(end.score) <= MAX_SCORE:
+                return end
     except (ValueError, binascii.Error):
         pass
     raise ConfigError("the page is no token of an answer: take `next_page` as the answer before gave it")

@@ -22,12 +22,11 @@ if TYPE_CHECKING:
 LIMIT_SPREADS = 3.0
 """How far above the lower quartile of the index's scores the limit of a NOT lies, in spreads below it."""
 
+_LIKE = re.compile(r"([0-9]{1,18})(?::([0-9]{1,3}))?")
+
 
 class PictureError(DataError):
     """The picture that is asked with can't be decoded."""
-
-
-_LIKE = re.compile(r"(\d{1,18})(?::(\d{1,3}))?")
 
 
 def check_question(question: Question) -> None:
@@ -86,7 +85,7 @@ def picture_query(image: bytes, region: Box | None, encoder: Encoder) -> Query:
             return Query(encoder.embed_image(image))
         vectors, boxes = _objects_of_picture(image, encoder)
     except DataError as error:
-        raise PictureError(str(error)) from error
+        raise PictureError(f"the picture to look for can't be decoded: {error}; give another one") from error
     return Query(vectors[[int(np.argmax(overlaps(boxes, region)))]])
 
 

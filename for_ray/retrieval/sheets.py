@@ -49,7 +49,7 @@ def read_example(uri: str) -> bytes:
     try:
         return storage.read_image(uri, "")
     except DataError as error:
-        raise ConfigError(f"the picture to look for cannot be read: {error}") from error
+        raise ConfigError(f"the picture to look for cannot be read: {error}; give another one") from error
 
 
 def check_sheet(path: Path) -> None:

@@ -1,7 +1,8 @@
 """Questions to an index of planted vectors: what is found, in which boxes, on which page, and why no more."""
 
+import base64
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from for_ray.model.bundle import Bundle
 from for_ray.model.encoder import Encoded
 from for_ray.retrieval import Answer, Filters, OpenIndex, Question, asking, open_index
 from for_ray.retrieval.names import NameVectors
+from for_ray.retrieval.paging import read_token
 from for_ray.retrieval.queries import overlaps, unwanted_limits
 from tests.planted import Planted, PlantedIndex
 
@@ -139,12 +141,28 @@ def test_equal_scores_on_two_pages(planted_index: PlantedIndex) -> None:
     assert [hit.image_id for hit in first.hits + second.hits] == list(range(8))
 
 
+def forged(page: str) -> Iterator[str]:
+    """Tokens of the same question with a value that no answer has."""
+    end = read_token(page)
+    for change in (
+        {"score": float("nan")},
+        {"score": 1e300},
+        {"score": 1},
+        {"num_shown": 0},
+        {"image_id": "1"},
+        {"snapshot_id": True},
+    ):
+        yield end._replace(**change).token()
+
+
 def test_pages_of_something_else_are_refused(index: OpenIndex) -> None:
     page = index.ask(Question("a dog", k=2)).next_page
+    assert page is not None
     with pytest.raises(ConfigError, match="of another question"):
         index.ask(Question("a cat", k=2, page=page))
-    with pytest.raises(ConfigError, match="no token"):
-        index.ask(Question("a dog", k=2, page="x"))
+    for token in ("x", "garbage!", "ü", page[:-2], base64.b64encode(b"[" * 5000).decode(), *forged(page)):
+        with pytest.raises(ConfigError, match="no token"):
+            index.ask(Question("a dog", k=2, page=token))
     with pytest.raises(ConfigError, match="beyond 10,000 images"):
         index.ask(Question("a dog", k=10_000, page=page))
 
@@ -224,13 +242,16 @@ def test_folding(planted_index: PlantedIndex, monkeypatch: pytest.MonkeyPatch) -
     page = index.ask(Question("a dog", k=1, fold_at=0.98)).next_page
     rest = index.ask(Question("a dog", k=5, fold_at=0.98, page=page))
     assert [hit.uri for hit in rest.hits] == ["/other", "/far"]
-    with pytest.raises(ConfigError, match="beyond 1,024 images, all that are folded"):
-        index.ask(Question("a dog", k=1025, fold_at=0.98))
+    with pytest.raises(ConfigError, match="beyond 1,000 images, all that are folded"):
+        index.ask(Question("a dog", k=1001, fold_at=0.98))
     monkeypatch.setattr(asking, "MAX_FOLDED", 3)
     monkeypatch.setattr(asking, "depths", lambda wanted: (wanted + 1, 1000))
     cut = index.ask(Question("a dog", k=3, fold_at=0.98))
     assert [hit.uri for hit in cut.hits] == ["/best", "/other"]
     assert cut.reason == "2 images: the first 4 fold into no more"
+    monkeypatch.setattr(asking, "MAX_FOLDED", 2)
+    last = index.ask(Question("a dog", k=2, fold_at=0.98))
+    assert (last.is_complete, last.next_page) == (True, None)  # a third would be refused
 
 
 def test_more_like_an_object(index: OpenIndex) -> None:
@@ -239,7 +260,12 @@ def test_more_like_an_object(index: OpenIndex) -> None:
     assert answer.hits[0].score == pytest.approx(1.0, abs=1e-3)
     assert answer.hits[0].slot == 0
     assert names(index.ask(Question(like="1", k=1))) == ["dogs"]
-    for like, words in (("0:2", "slots 0 to 1, got 2"), ("99", "image 99 is not in"), ("x", "IMAGE_ID:SLOT")):
+    for like, words in (
+        ("0:2", "slots 0 to 1, got 2"),
+        ("99", "image 99 is not in"),
+        ("x", "IMAGE_ID:SLOT"),
+        ("٣", "IMAGE_ID:SLOT"),
+    ):
         with pytest.raises(ConfigError, match=words):
             index.ask(Question(like=like))
 

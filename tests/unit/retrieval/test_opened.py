@@ -241,7 +241,9 @@ def test_wrong_questions(published: PlantedIndex, question: dict[str, Any], word
 @pytest.mark.parametrize("content", [b"", b"no image", jpeg()[:100]], ids=["empty", "text", "cut"])
 def test_picture_that_cannot_be_decoded(published: PlantedIndex, content: bytes) -> None:
     index = open_index(published.uri)
-    refusal(DataError, lambda: index.search(image=content))
+    refusal(
+        DataError, lambda: index.search(image=content), "the picture to look for can't be decoded: ", "give"
+    )
 
 
 def test_no_index_and_no_snapshot(published: PlantedIndex, tmp_path: Path) -> None:
