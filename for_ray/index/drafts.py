@@ -59,7 +59,7 @@ def write_draft(layout: Layout, fingerprint: str, draft: Draft) -> None:
 
 
 def find_draft(layout: Layout, fingerprint: str, *, base_id: int | None) -> Draft | None:
-    """The draft of a run that went on from this snapshot; None where there is none, or a file of it is gone.
+    """The draft of a run that went on from this snapshot; None where there is none that is whole.
 
     Raises:
         StorageError: The store refused.
@@ -76,6 +76,6 @@ def find_draft(layout: Layout, fingerprint: str, *, base_id: int | None) -> Draf
     sizes = {entry.uri.rpartition("/")[2]: entry.size_bytes for page in pages for entry in page}
     parts: list[Codec | Segment] = [record.codec, *record.segments]
     is_whole = all(sizes.get(part.file_name) == part.num_bytes for part in parts)
-    if record.base_id != base_id or not is_whole:
+    if record.base_id != base_id or not is_whole or len(ids) % 8:
         return None
     return Draft(record, np.frombuffer(ids, "<i8").astype(np.int64))

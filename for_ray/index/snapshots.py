@@ -21,7 +21,7 @@ from for_ray.errors import DataError
 from for_ray.index.commits import commit
 from for_ray.index.table import delete_rows
 from for_ray.schema import Layout, Snapshot, SnapshotRecord
-from for_ray.storage import exists, join_uri, lance_options
+from for_ray.storage import exists, join_uri, lance_options, shown
 from for_ray.storage.refusals import lance_refusals
 
 SNAPSHOTS_SCHEMA = pa.schema(
@@ -103,7 +103,7 @@ def by_id(layout: Layout, snapshot_id: int) -> Snapshot:
         if row.snapshot_id == snapshot_id:
             return _read(layout, table, row)
     known = ", ".join(str(row.snapshot_id) for row in rows[-10:])
-    raise DataError(f"{layout.index_uri} has no snapshot {snapshot_id}; the last ones are {known}")
+    raise DataError(f"{shown(layout.index_uri)} has no snapshot {snapshot_id}; the last ones are {known}")
 
 
 def list_snapshots(layout: Layout, *, fingerprint: str | None = None) -> Iterator[SnapshotRecord]:
@@ -245,6 +245,6 @@ def _validated(layout: Layout, row: _Row, kind: type[_Kind], fields: dict[str, A
 
 def _nothing_published(layout: Layout) -> DataError:
     return DataError(
-        f"{layout.index_uri} has no published snapshot; check the uri, or run jobs/index.py --index "
-        f"{layout.index_uri}"
+        f"{shown(layout.index_uri)} has no published snapshot; check the uri, or run jobs/index.py --index "
+        f"{shown(layout.index_uri)}"
     )

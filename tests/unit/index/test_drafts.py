@@ -84,3 +84,10 @@ def test_one_of_another_version_is_nothing(layout):
     assert find_draft(layout, "f", base_id=3) is None
     path.write_bytes(b"")
     assert find_draft(layout, "f", base_id=3) is None
+
+
+def test_one_that_is_cut_short_is_nothing(layout):
+    write_draft(layout, "f", draft())
+    path = Path(layout.draft_uri("f"))
+    path.write_bytes(path.read_bytes()[:-3])
+    assert find_draft(layout, "f", base_id=3) is None
