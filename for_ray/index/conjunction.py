@@ -61,7 +61,8 @@ class Matches(NamedTuple):
         clauses: int64 [R], which clause gives the score; of equal ones the first.
         is_complete: Whether there are k.
         is_exhaustive: Whether every image that may be found was looked at.
-        is_proven: Whether, by the codes' scores, no image that was not looked at is better.
+        is_proven: Whether, by the codes' scores, no image that was not looked at is better; of lists that
+            were not looked at, nothing is known.
         num_candidates: Images that were scored.
     """
 

@@ -65,7 +65,7 @@ class RankedImages(NamedTuple):
         scores: float32 [R]; exact cosines where the search was given the exact vectors.
         is_complete: Whether there are k images. If not, the index has no more, or no more lists were to be
             looked at.
-        is_exhaustive: Whether every vector of every list was looked at.
+        is_exhaustive: Whether every vector of every list was looked at, if only by its code.
         num_candidates: Images that were ranked again.
     """
 
@@ -116,16 +116,10 @@ class SegmentSet:
         self._threads = threads
         self.nprobe = nprobe
         self.num_vectors = sum(int(segment.ntotal) for segment in self._segments)
-
-    @property
-    def dim(self) -> int:
-        """D; 0 where there is no segment."""
-        return int(self._segments[0].d) if self._segments else 0
-
-    @property
-    def nlist(self) -> int:
-        """Lists of the codec; 0 where there is no segment."""
-        return int(faiss.extract_index_ivf(self._segments[0]).nlist) if self._segments else 0
+        # Not asked of the segments: a search that still runs when they are closed must not take what it has
+        # for all that there is.
+        self.dim = int(self._segments[0].d) if paths else 0
+        self.nlist = int(faiss.extract_index_ivf(self._segments[0]).nlist) if paths else 0
 
     def search(
         self,

@@ -167,9 +167,10 @@ class Answer:
         snapshot_id: Which state of the index was asked.
         num_looked_at: Images that were scored with their stored vectors.
         is_complete: Whether there are k hits.
-        is_exhaustive: Whether every vector that may be found was looked at. An answer with fewer than k hits
-            and no `min_score` or `page` always has looked at all.
-        is_proven: Whether, by the codes' scores, none of the images that were not looked at is better.
+        is_exhaustive: Whether every vector that may be found was looked at, if only by its code. An answer
+            with fewer than k hits and no `min_score`, `fold_at` or `page` always has looked at all.
+        is_proven: Whether, by the codes' scores, no other image in the lists that were looked at is better;
+            in all lists where it `is_exhaustive`.
         reason: Why there are fewer than k hits, one line; None where there are k.
         next_page: For the next question's `page`; None where nothing is left.
         seconds: What took how long: `encode`, `filter`, `search`, `total`.

@@ -328,3 +328,17 @@ class TestOpening:
         # The image of a vector is what search groups by: the highest slot must not spill over.
         ids = pack_vector_ids(np.array([5, 6]), np.array([255, 0]))
         np.testing.assert_array_equal(image_ids_of(ids), [5, 6])
+
+    def test_closed_in_mid_search_is_no_short_answer(self, make_images, make_queries, build, monkeypatch):
+        images = make_images(200)
+        segments = SegmentSet(build(images).paths, nprobe=1)
+        search = segments.search
+
+        def search_and_close(*given, **more):
+            hits = search(*given, **more)
+            segments.close()
+            return hits
+
+        monkeypatch.setattr(segments, "search", search_and_close)
+        with pytest.raises(ValueError, match="zip"):
+            search_images(segments, make_queries(1)[0], 150, exact=images.take)
