@@ -15,7 +15,7 @@ from for_ray.index.folding import fold_images
 from for_ray.index.probe import Searchable
 from for_ray.index.search import RankedImages, search_images
 from for_ray.index.similar import search_similar
-from for_ray.retrieval.paging import PageEnd, depths, is_behind
+from for_ray.retrieval.paging import PageEnd, Reached, depths
 from for_ray.retrieval.question import MAX_HITS, Answer, Found, Hit, Query, Question
 from for_ray.retrieval.rows import SHOWN, objects_of, take_objects, take_rows, take_vectors
 from for_ray.schema import Snapshot, unpack_boxes
@@ -73,14 +73,14 @@ class Search:
             found = f"the answer would reach beyond {deepest:,} images, {what}"
             raise ConfigError(f"{found}: ask for fewer images, or filter")
         if self.num_slots < self.query.fewest_objects:
-            return self._answer(_nothing(), np.empty(0, np.int64), np.empty(0, np.int64))
-        for depth in depths(num_before + question.k):
+            return self._answer(_nothing(), np.empty(0, np.int64), np.empty(0, np.int64), 0)
+        for depth in depths(num_before + question.k, begun=self.end.depth if self.end else 0):
             ranking = self._rank(depth)
             leaders = self._fold(ranking)
-            shown = self._shown(ranking, leaders)
+            shown = self._shown(ranking, leaders, depth)
             if len(shown) > question.k or not ranking.is_full or depth >= deepest or self._is_below(ranking):
                 break
-        return self._answer(ranking, leaders, shown)
+        return self._answer(ranking, leaders, shown, depth)
 
     @property
     def _deepest(self) -> int:
@@ -148,16 +148,21 @@ class Search:
             return np.arange(len(ids))
         return fold_images(self._vectors(ids), ids, threshold=self.question.fold_at)
 
-    def _shown(self, ranking: Ranking, leaders: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The places of hits behind the page before."""
+    def _shown(self, ranking: Ranking, leaders: NDArray[np.int64], depth: int) -> NDArray[np.int64]:
+        """The places of hits that no page before had."""
         is_shown = leaders == np.arange(len(leaders))
         if self.question.min_score is not None:
             is_shown &= ranking.scores >= self.question.min_score
         if self.end is not None:
-            is_shown &= is_behind(self.end, ranking.scores, ranking.image_ids)
+            for each in self.end.reached:
+                before = ranking if each.depth == depth else self._rank(each.depth)
+                passed = each.passed(before.scores, before.image_ids)
+                is_shown &= ~np.isin(ranking.image_ids, passed)
         return np.flatnonzero(is_shown)
 
-    def _answer(self, ranking: Ranking, leaders: NDArray[np.int64], shown: NDArray[np.int64]) -> Answer:
+    def _answer(
+        self, ranking: Ranking, leaders: NDArray[np.int64], shown: NDArray[np.int64], depth: int
+    ) -> Answer:
         k = self.question.k
         hits = self._hits(ranking, leaders, shown[:k])
         is_complete = len(hits) == k
@@ -170,7 +175,7 @@ class Search:
             ranking.is_exhaustive,
             ranking.is_proven,
             None if is_complete else self._reason(ranking, len(hits)),
-            self._next_page(hits) if len(shown) > k else None,
+            self._next_page(hits, depth) if len(shown) > k else None,
         )
 
     def _hits(
@@ -212,13 +217,13 @@ class Search:
             for term, slot in zip(wanted, slots, strict=True)
         )
 
-    def _next_page(self, hits: tuple[Hit, ...]) -> str | None:
+    def _next_page(self, hits: tuple[Hit, ...], depth: int) -> str | None:
         num_shown = len(hits) + (self.end.num_shown if self.end else 0)
         if num_shown >= self._deepest:
             return None
-        last = hits[-1]
-        key = self.question.key
-        return PageEnd(self.snapshot.snapshot_id, key, num_shown, last.score, last.image_id).token()
+        shallower = [each for each in (self.end.reached if self.end else ()) if each.depth < depth]
+        reached = (*shallower, Reached(depth, hits[-1].score, hits[-1].image_id))
+        return PageEnd(self.snapshot.snapshot_id, self.question.key, num_shown, reached).token()
 
     def _reason(self, ranking: Ranking, num_hits: int) -> str:
         """Why there are no more hits."""

@@ -16,7 +16,7 @@ from for_ray.errors import ConfigError
 from for_ray.index import conjunction, search
 from for_ray.model.bundle import Bundle
 from for_ray.model.encoder import Encoded
-from for_ray.retrieval import Answer, Filters, OpenIndex, Question, asking, open_index
+from for_ray.retrieval import Answer, Filters, Hit, OpenIndex, Question, asking, open_index, paging
 from for_ray.retrieval.names import NameVectors
 from for_ray.retrieval.paging import read_token
 from for_ray.retrieval.queries import overlaps, unwanted_limits
@@ -133,6 +133,37 @@ def test_pages_together_are_one_long_answer(index: OpenIndex, text: str) -> None
     assert answer.reason is None or len(answer.hits) < question.k
 
 
+@pytest.mark.parametrize("fold_at", [None, 0.999])
+@pytest.mark.parametrize("text", ["a dog", "a dog AND a cat", "a dog NOT a cat"])
+def test_what_a_shallow_ranking_overlooks_comes_with_a_deeper_one(
+    planted_index: PlantedIndex, monkeypatch: pytest.MonkeyPatch, text: str, fold_at: float | None
+) -> None:
+    """Few lists are looked at first, in coarse codes: the best image of all may come late, but comes once."""
+    random = np.random.default_rng(0)
+    vectors = random.normal(size=(700, 2, DIM)).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=2, keepdims=True)
+    rows = [Planted(f"/{row}", vectors[row], [LEFT, RIGHT]) for row in range(len(vectors))]
+    planted_index.add(rows, codec="IVF32,RaBitQ")
+    index = opened(planted_index)
+    monkeypatch.setattr(asking, "MAX_FOLDED", 10_000)
+    monkeypatch.setattr(paging, "_RUNGS", (16, 48, 10_001))
+    question = Question(text, k=1000, fold_at=fold_at, unwanted_above=0.5)
+    whole = [hit.image_id for hit in index.ask(question).hits]
+    pages: list[Hit] = []
+    question = replace(question, k=7)
+    while True:
+        answer = index.ask(question)
+        scores = [hit.score for hit in answer.hits]
+        assert scores == sorted(scores, reverse=True)
+        pages += answer.hits
+        if answer.next_page is None:
+            break
+        question = replace(question, page=answer.next_page, k=len(pages) % 60 + 7)
+    ids = [hit.image_id for hit in pages]
+    assert ids != whole
+    assert sorted(ids) == sorted(whole)
+
+
 def test_equal_scores_on_two_pages(planted_index: PlantedIndex) -> None:
     planted_index.add([Planted(f"/{number}", plant(0.5, 0.1)[None]) for number in range(9)])
     index = opened(planted_index)
@@ -145,12 +176,20 @@ def forged(page: str) -> Iterator[str]:
     """Tokens of the same question with a value that no answer has."""
     end = read_token(page)
     for change in (
+        {"depth": 65},
         {"score": float("nan")},
         {"score": 1e300},
         {"score": 1},
-        {"num_shown": 0},
         {"image_id": "1"},
+    ):
+        yield end._replace(reached=(end.reached[0]._replace(**change),)).token()
+    for change in (
+        {"num_shown": 0},
         {"snapshot_id": True},
+        {"reached": ()},
+        {"reached": 1},
+        {"reached": end.reached * 2},
+        {"reached": ((64, 0.5),)},
     ):
         yield end._replace(**change).token()
 
@@ -217,7 +256,7 @@ def test_lowest_score(index: OpenIndex) -> None:
 def test_a_lowest_score_ends_the_search(index: OpenIndex, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
     rank = asking.Search._rank
-    monkeypatch.setattr(asking, "depths", lambda wanted: (3, 5, 7, 1000))
+    monkeypatch.setattr(asking, "depths", lambda wanted, begun: (3, 5, 7, 1000))
     monkeypatch.setattr(asking.Search, "_rank", lambda self, depth: asked.append(depth) or rank(self, depth))
     assert len(index.ask(Question("a dog", min_score=0.62)).hits) == 3
     assert asked == [3, 5]
@@ -245,7 +284,7 @@ def test_folding(planted_index: PlantedIndex, monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(ConfigError, match="beyond 1,000 images, all that are folded"):
         index.ask(Question("a dog", k=1001, fold_at=0.98))
     monkeypatch.setattr(asking, "MAX_FOLDED", 3)
-    monkeypatch.setattr(asking, "depths", lambda wanted: (wanted + 1, 1000))
+    monkeypatch.setattr(asking, "depths", lambda wanted, begun: (wanted + 1, 1000))
     cut = index.ask(Question("a dog", k=3, fold_at=0.98))
     assert [hit.uri for hit in cut.hits] == ["/best", "/other"]
     assert cut.reason == "2 images: the first 4 fold into no more"
