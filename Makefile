@@ -6,7 +6,7 @@ EXTRA := $(shell nvidia-smi >/dev/null 2>&1 && echo gpu || echo cpu)
 export RAY_USAGE_STATS_ENABLED := 0
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo check test test-all clean
+.PHONY: help install demo serve check test test-all chromium clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*  ## ' $(MAKEFILE_LIST) | sed -E 's/:.*  ## /\t/' | expand -t 12
@@ -32,16 +32,23 @@ demo: .venv/installed  ## draw 1,000 images, index them, search three times, wri
 	@echo "Ask it:     $(BIN)/python jobs/search.py --index demo/index \"a violin\" --sheet demo/answer.jpg"
 	@echo "Yours:      $(BIN)/python jobs/index.py --images FOLDER --index FOLDER.index --encoder open_clip:RN50x64@openai"
 
+serve: .venv/installed  ## search page of the demo's index on http://127.0.0.1:8000 (makes the index if it is missing)
+	@test -d demo/index || $(MAKE) demo
+	$(BIN)/python jobs/serve.py --index demo/index --local
+
 check: .venv/installed  ## format, lint, types, import directions
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-test: .venv/installed  ## all tests but the slow ones (under 15 minutes on 2 cores)
+chromium:
+	@tests/browser/install-chromium.sh
+
+test: .venv/installed chromium  ## all tests but the slow ones (under 15 minutes on 2 cores)
 	$(BIN)/python -m pytest -m 'not slow'
 
-test-all: .venv/installed  ## all tests
+test-all: .venv/installed chromium  ## all tests
 	$(BIN)/python -m pytest
 
 clean:  ## remove what was made, but not .venv
