@@ -1,0 +1,83 @@
+// Export: what, in which format; the file is downloaded.
+
+import { exportHits } from "./api.js";
+import { byId, el } from "./dom.js";
+
+const MOST = 10_000; // hits of one question
+const MOST_FOLDED = 1_024;
+
+function download({ blob, name }) {
+  const url = URL.createObjectURL(blob);
+  el("a", { href: url, download: name }).click();
+  setTimeout(() => URL.revokeObjectURL(url), 60_000);
+}
+
+/** Events: `exported` carries the file's name. */
+export class Exporting extends EventTarget {
+  #dialog = byId("export");
+  #form = this.#dialog.querySelector("form");
+  #results;
+  #selection;
+
+  constructor(results, selection) {
+    super();
+    [this.#results, this.#selection] = [results, selection];
+    this.#form.addEventListener("submit", (event) => this.#submit(event));
+    this.#dialog.querySelector("[data-do=close]").addEventListener("click", () => this.#dialog.close());
+    this.#form.elements.count.addEventListener("focus", () => (this.#form.elements.what.value = "best"));
+    byId("export-open").addEventListener("click", () => this.open());
+    byId("export-selected").addEventListener("click", () => this.open());
+  }
+
+  open() {
+    if (!this.#results.answer || this.#dialog.open) return;
+    const { size } = this.#selection;
+    const [selected] = this.#form.elements.what;
+    selected.disabled = !size;
+    this.#form.elements.what.value = size ? "selected" : "best";
+    this.#form.elements.count.max = String(this.#most);
+    byId("export-selected-label").textContent = size ? `The ${size.toLocaleString("en")} selected` : "The selected ones (none yet)";
+    const { min } = this.#results;
+    byId("export-threshold").textContent = min === null ? "" : `, score ${min.toFixed(3)} or more`;
+    this.#say("");
+    this.#dialog.showModal();
+  }
+
+  get #most() {
+    return this.#results.question.fold_at ? MOST_FOLDED : MOST;
+  }
+
+  /** The body of POST /export: the question, as deep as what is exported lies. */
+  #body() {
+    const { what, count, format } = this.#form.elements;
+    const { page, ...question } = this.#results.question;
+    if (what.value === "selected") {
+      const ids = this.#selection.ids;
+      return { format: format.value, question: { ...question, k: Math.max(this.#results.hits.length, 1) }, image_ids: ids };
+    }
+    const { min } = this.#results;
+    const k = Math.min(Math.max(Number(count.value) || 1, 1), this.#most);
+    return { format: format.value, question: { ...question, k, ...(min === null ? {} : { min_score: min }) }, image_ids: null };
+  }
+
+  async #submit(event) {
+    event.preventDefault();
+    const button = this.#form.querySelector("[type=submit]");
+    button.disabled = true;
+    this.#say("");
+    try {
+      const file = await exportHits(this.#body());
+      download(file);
+      this.#dialog.close();
+      this.dispatchEvent(new CustomEvent("exported", { detail: file.name }));
+    } catch (error) {
+      this.#say(error.message);
+    } finally {
+      button.disabled = false;
+    }
+  }
+
+  #say(problem) {
+    this.#form.querySelector(".problem").textContent = problem;
+  }
+}

@@ -1,0 +1,209 @@
+// The results as a dense grid: rows of equal height, each image in its own proportions, its objects boxed.
+
+import { thumbnailUrl } from "./api.js";
+import { byId, colourOf, el, fileName, placeBox } from "./dom.js";
+
+const AT_ONCE = 60; // tiles that are added at a time, as one scrolls
+const SIDE = devicePixelRatio > 1.2 ? 640 : 384; // pixels of a thumbnail
+const SKELETONS = [1.3, 0.8, 1.5, 1, 1.25, 0.75, 1.4, 1.1, 0.9, 1.6, 1.2, 1, 0.7, 1.35, 1.1, 0.85, 1.5, 1];
+
+/** What a tile says: to the eye on hover, to a screen reader always. */
+function described(hit, rank) {
+  const found = hit.found.filter((each) => each.name).map((each) => `${each.name} ${each.score.toFixed(3)}`);
+  return [`${rank + 1}: ${fileName(hit.uri)}`, `score ${hit.score.toFixed(3)}`, ...(found.length > 1 ? found : [])].join(", ");
+}
+
+/** The boxes of a hit, in the colours of the question's names. */
+function boxesOf(hit, names) {
+  return hit.found.map((found) => {
+    const box = el("span", { class: `box ${colourOf(names, found.name)}`, data: { name: found.name, slot: String(found.slot) } });
+    placeBox(box, found.box);
+    return box;
+  });
+}
+
+function captionOf(hit, names) {
+  const parts = names.length > 1 ? hit.found : [];
+  const named = parts.map((found) =>
+    el("span", { class: "part" }, el("i", { class: `dot ${colourOf(names, found.name)}` }), `${found.name} ${found.score.toFixed(3)}`));
+  return el("span", { class: "caption", "aria-hidden": "true" },
+    el("span", { class: "first" }, el("b", {}, hit.score.toFixed(3)), el("span", { class: "file" }, fileName(hit.uri))), ...named);
+}
+
+/** Events: `open` and `toggle` (with shift: `range`) carry the hit and its rank; `end`: more is wanted. */
+export class Grid extends EventTarget {
+  #list = byId("grid");
+  #hits = [];
+  #names = [];
+  #shown = 0;
+  #active = 0;
+  #watcher = new IntersectionObserver(
+    (entries) => entries.some((entry) => entry.isIntersecting) && this.#reachEnd(), { rootMargin: "900px" });
+
+  constructor() {
+    super();
+    this.#watcher.observe(byId("more"));
+    this.#list.addEventListener("click", (event) => this.#click(event));
+    this.#list.addEventListener("keydown", (event) => this.#key(event));
+    this.#list.addEventListener("keyup", (event) => event.key === " " && event.target.matches(".tile") && event.preventDefault());
+    this.#list.addEventListener("focusin", (event) => this.#activate(this.#rankOf(event.target)));
+  }
+
+  /** Grey tiles, until an answer comes. */
+  showSkeletons() {
+    this.clear();
+    this.#list.setAttribute("aria-busy", "true");
+    this.#list.replaceChildren(...SKELETONS.map((ratio) => this.#item(ratio, "skeleton")));
+  }
+
+  clear() {
+    this.#list.removeAttribute("aria-busy");
+    this.#list.replaceChildren();
+    [this.#hits, this.#names, this.#shown, this.#active] = [[], [], 0, 0];
+  }
+
+  /** Show the first `count` hits of an answer; those whose tiles are there already stay as they are. */
+  show(hits, names, count, { isNew = false } = {}) {
+    if (isNew) this.clear();
+    [this.#hits, this.#names] = [hits, names];
+    this.limit(count);
+  }
+
+  /** Show only so many of the hits: those that pass the threshold. */
+  limit(count) {
+    this.#shown = Math.min(count, this.#hits.length);
+    for (const [rank, item] of [...this.#list.children].entries()) item.hidden = rank >= this.#shown;
+    if (this.#list.children.length < Math.min(this.#shown, AT_ONCE)) this.#append();
+    this.#activate(Math.min(this.#active, Math.max(this.#shown - 1, 0)));
+    this.#rewatch();
+  }
+
+  /** Mark the tiles whose images are selected. */
+  mark(isSelected) {
+    for (const [rank, item] of [...this.#list.children].entries()) {
+      if (!this.#hits[rank]) continue;
+      const is = isSelected(this.#hits[rank].image_id);
+      item.classList.toggle("selected", is);
+      item.querySelector("input").checked = is;
+    }
+  }
+
+  focus(rank = this.#active) {
+    while (rank >= this.#list.children.length && rank < this.#shown) this.#append();
+    this.#tile(rank)?.focus();
+  }
+
+  #append() {
+    const first = this.#list.children.length;
+    const items = this.#hits.slice(first, first + AT_ONCE).map((hit, index) => this.#made(hit, first + index));
+    items.forEach((item, index) => (item.hidden = first + index >= this.#shown));
+    this.#list.append(...items);
+    this.dispatchEvent(new Event("appended"));
+  }
+
+  #reachEnd() {
+    if (this.#list.children.length < this.#shown) {
+      this.#append();
+      this.#rewatch();
+    } else if (this.#hits.length) this.dispatchEvent(new Event("end"));
+  }
+
+  /** The observer speaks only of changes: ask it anew, as the end may still be in sight. */
+  #rewatch() {
+    this.#watcher.unobserve(byId("more"));
+    this.#watcher.observe(byId("more"));
+  }
+
+  #item(ratio, kind, ...children) {
+    const item = el("li", { class: kind }, ...children);
+    item.style.setProperty("--ratio", Math.min(Math.max(ratio, 0.4), 3));
+    return item;
+  }
+
+  #made(hit, rank) {
+    const isKnown = hit.width > 0 && hit.height > 0;
+    const image = el("img", { src: thumbnailUrl(hit.image_id, SIDE), alt: "", loading: "lazy", decoding: "async", draggable: "false" });
+    const frame = el("span", { class: "frame" }, image, ...boxesOf(hit, this.#names));
+    const tile = el("button", { type: "button", class: "tile", tabindex: rank === this.#active ? "0" : "-1", "aria-label": described(hit, rank), data: { id: String(hit.image_id) } }, frame, captionOf(hit, this.#names));
+    if (hit.folded.length) tile.append(el("span", { class: "folded", title: "near-duplicates" }, `+${hit.folded.length}`));
+    const tick = el("input", { type: "checkbox", class: "tick", tabindex: "-1", "aria-label": `Select ${fileName(hit.uri)}` });
+    const item = this.#item(isKnown ? hit.width / hit.height : 1, "hit", tile, tick);
+    if (isKnown) frame.style.setProperty("--ratio", hit.width / hit.height);
+    image.addEventListener("load", () => this.#loaded(item, frame, image, isKnown));
+    image.addEventListener("error", () => frame.replaceChildren(el("span", { class: "missing" }, "gone, or changed since it was indexed")));
+    return item;
+  }
+
+  #loaded(item, frame, image, isKnown) {
+    frame.classList.add("loaded");
+    if (isKnown) return;
+    const ratio = image.naturalWidth / image.naturalHeight;
+    item.style.setProperty("--ratio", Math.min(Math.max(ratio, 0.4), 3));
+    frame.style.setProperty("--ratio", ratio);
+  }
+
+  #tile(rank) {
+    return this.#list.children[rank]?.querySelector(".tile");
+  }
+
+  #rankOf(target) {
+    return [...this.#list.children].indexOf(target.closest("li"));
+  }
+
+  #activate(rank) {
+    if (rank < 0 || !this.#tile(rank)) return;
+    this.#tile(this.#active)?.setAttribute("tabindex", "-1");
+    this.#active = rank;
+    this.#tile(rank).setAttribute("tabindex", "0");
+  }
+
+  #tell(event, rank) {
+    this.dispatchEvent(new CustomEvent(event, { detail: { hit: this.#hits[rank], rank } }));
+  }
+
+  #click(event) {
+    const rank = this.#rankOf(event.target);
+    if (rank < 0 || !this.#hits[rank]) return;
+    const isTick = event.target.matches(".tick");
+    if (isTick || event.ctrlKey || event.metaKey || event.shiftKey) this.#tell(event.shiftKey ? "range" : "toggle", rank);
+    else if (event.target.closest(".tile")) this.#tell("open", rank);
+  }
+
+  #key(event) {
+    if (!event.target.matches(".tile")) return;
+    const rank = this.#rankOf(event.target);
+    if (event.key === " ") this.#tell(event.shiftKey ? "range" : "toggle", rank);
+    else if (event.ctrlKey || event.metaKey || event.altKey) return;
+    else {
+      const next = this.#neighbour(event.key, rank);
+      if (next === null) return;
+      this.focus(next);
+    }
+    event.preventDefault();
+  }
+
+  /** The rank that a key leads to; up and down go to the nearest tile of the row above or below. */
+  #neighbour(key, rank) {
+    const last = this.#shown - 1;
+    const direct = { ArrowLeft: rank - 1, ArrowRight: rank + 1, Home: 0, End: Math.min(last, this.#list.children.length - 1) };
+    if (key in direct) return Math.min(Math.max(direct[key], 0), last);
+    if (key !== "ArrowUp" && key !== "ArrowDown") return null;
+    return nearestInNextRow([...this.#list.children].slice(0, this.#shown), rank, key === "ArrowDown" ? 1 : -1);
+  }
+}
+
+/** The place of the tile in the next row (1: below, -1: above) whose middle is nearest to this one's. */
+function nearestInNextRow(items, rank, direction) {
+  const from = items[rank].getBoundingClientRect();
+  const middle = from.left + from.width / 2;
+  let [best, row, distance] = [rank, null, Infinity];
+  for (let place = rank + direction; place >= 0 && place < items.length; place += direction) {
+    const box = items[place].getBoundingClientRect();
+    if (Math.abs(box.top - from.top) < 2) continue;
+    row ??= box.top;
+    if (Math.abs(box.top - row) > 2) break;
+    const off = Math.abs(box.left + box.width / 2 - middle);
+    if (off < distance) [best, distance] = [place, off];
+  }
+  return best;
+}

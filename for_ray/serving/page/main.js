@@ -1,0 +1,244 @@
+// The page: the address says what is asked, the parts show it, and what people do changes the address.
+
+import * as api from "./api.js";
+import { describe, showFailure, showStart } from "./answer.js";
+import { byId, el } from "./dom.js";
+import { Exporting } from "./exporting.js";
+import { Filters, filtersBody } from "./filters.js";
+import { Grid } from "./grid.js";
+import { Histogram } from "./histogram.js";
+import { startKeys } from "./keys.js";
+import { action, clearBanner, clearState, showBanner, showState, toast } from "./notices.js";
+import { base64Of, Picture } from "./picture.js";
+import { QuestionBox } from "./question.js";
+import { Results } from "./results.js";
+import { Selection } from "./selection.js";
+import { isSignedIn, startSession } from "./session.js";
+import { isQuestion, State } from "./state.js";
+import { startThemes } from "./themes.js";
+import { Viewer } from "./viewer.js";
+
+const LOOK_EVERY = 20_000; // milliseconds between looks for a newer snapshot
+
+const state = new State();
+const [results, grid, histogram, box] = [new Results(), new Grid(), new Histogram(), new QuestionBox()];
+const [filters, picture, selection, viewer] = [new Filters(), new Picture(), new Selection(), new Viewer()];
+const exporting = new Exporting(results, selection);
+let about = null;
+let isViewerPushed = false;
+
+// Asking
+
+/** What the address asks, as the body of POST /search. */
+async function body(signal) {
+  const { text, like, of, region, picture: key, k } = state.now;
+  const asked = like ? { like }
+    : of !== null ? { image: await base64Of(await api.imageOf(of, signal)), ...(region ? { region } : {}) }
+    : key ? await picture.bodyOf(key)
+    : { text: text.trim() };
+  return { ...asked, k, ...filtersBody(state.now) };
+}
+
+function ask() {
+  selection.clear();
+  clearBanner("outdated");
+  clearBanner("stopped");
+  box.showProblem(null);
+  const { picture: key } = state.now;
+  if (isQuestion(state.now) && !(key && !picture.has(key))) return results.ask(body, { min: state.now.min });
+  results.reset();
+  grid.clear();
+  if (key) showLostPicture();
+  else showStart(about, { ask: (text) => state.ask({ text }), upload: () => byId("upload").click() });
+  return Promise.resolve();
+}
+
+function showLostPicture() {
+  byId("bar").hidden = true;
+  const again = action("Give it again", () => byId("upload").click(), { isPrimary: true });
+  showState("The picture is not here any more", "A picture of yours is not kept in the page's address: choose, paste or drop it again.", again);
+}
+
+// Showing
+
+function showQuestion() {
+  const { text, like, of, picture: key } = state.now;
+  box.text = text;
+  const shown = like ? [api.thumbnailUrl(like.split(":")[0], 128), like.includes(":") ? "more like this object" : "more like this image", like.split(":")]
+    : of !== null ? [api.thumbnailUrl(of, 128), "more like this region", [of]]
+    : key && picture.has(key) ? [picture.urlOf(key), picture.regionOf(key) ? "a region of your picture" : "your picture", null]
+    : null;
+  box.showExample(...(shown ? exampleParts(...shown) : []));
+  document.title = `${text || (shown ? shown[1] : "Image search")} – for_ray`;
+  byId("heading").textContent = text ? `Images that show ${text}` : "Image search";
+}
+
+function exampleParts(url, words, place) {
+  const open = () => (place ? state.set({ image: Number(place[0]), slot: place[1] ? Number(place[1]) : null }) : picture.reopen(state.now.picture));
+  const name = place ? "Show the image that is asked with" : "Change the region of your picture";
+  return [el("button", { type: "button", "aria-label": `${name}: ${words}`, on: { click: open } }, el("img", { src: url, alt: "" }), el("span", {}, words))];
+}
+
+function showResults({ isNew = false } = {}) {
+  grid.show(results.hits, results.names, results.shown.length, { isNew });
+  grid.mark((id) => selection.has(id));
+  histogram.show(results.hits.map((hit) => hit.score), results.min);
+  describe(results, about, state);
+}
+
+function showViewer() {
+  const { image, slot } = state.now;
+  if (image === null) {
+    isViewerPushed = false;
+    viewer.close();
+    return;
+  }
+  const hit = results.hits.find((each) => each.image_id === image) ?? null;
+  viewer.show(image, { slot, hit, names: results.names, isSelected: selection.has(image) });
+}
+
+function showOutdated() {
+  showBanner("outdated", "The index was updated: ask again to search its newest state.", "Ask again", ask);
+}
+
+async function lookForNewer() {
+  if (document.hidden || !results.answer) return;
+  try {
+    const { snapshot_id: newest } = await api.health();
+    if (results.answer && newest !== results.answer.snapshot_id) showOutdated();
+  } catch {
+    // the next question says what is wrong
+  }
+}
+
+// What people do
+
+state.addEventListener("change", ({ detail: { before, isAsked } }) => {
+  filters.show(state.now);
+  if (isAsked) {
+    showQuestion();
+    ask();
+  } else if (before.min !== state.now.min && results.min !== state.now.min) results.moveThreshold(state.now.min);
+  if (before.image !== state.now.image || before.slot !== state.now.slot) showViewer();
+});
+
+results.addEventListener("started", () => {
+  clearState();
+  grid.showSkeletons();
+  byId("bar").hidden = false;
+  byId("counted").textContent = "Searching…";
+  byId("histogram").hidden = true;
+  byId("refine").hidden = true;
+  byId("legend").replaceChildren();
+});
+results.addEventListener("answered", () => {
+  showResults({ isNew: true });
+  if (state.now.text) box.remember(state.now.text.trim());
+  if (state.now.image !== null) showViewerAnew();
+});
+results.addEventListener("grew", () => showResults());
+results.addEventListener("moved", () => showResults());
+results.addEventListener("outdated", showOutdated);
+results.addEventListener("stopped", ({ detail }) => showBanner("stopped", detail.message, "Try again", () => results.more()));
+results.addEventListener("failed", ({ detail }) => {
+  grid.clear();
+  if (detail.code === "question") box.showProblem(detail);
+  showFailure(detail, ask);
+});
+
+/** An image that was open before its answer came in gets its names and scores. */
+function showViewerAnew() {
+  viewer.imageId = null;
+  showViewer();
+}
+
+grid.addEventListener("open", ({ detail: { hit } }) => {
+  isViewerPushed = true;
+  state.set({ image: hit.image_id, slot: hit.slot });
+});
+grid.addEventListener("toggle", ({ detail: { hit, rank } }) => selection.toggle(hit.image_id, rank));
+grid.addEventListener("range", ({ detail: { rank } }) => selection.range(results.shown, rank));
+grid.addEventListener("appended", () => grid.mark((id) => selection.has(id)));
+grid.addEventListener("end", () => results.more());
+
+selection.addEventListener("change", () => {
+  grid.mark((id) => selection.has(id));
+  if (viewer.isOpen) viewer.markSelected(selection.has(viewer.imageId));
+});
+
+histogram.addEventListener("move", ({ detail }) => results.moveThreshold(detail));
+histogram.addEventListener("settle", ({ detail }) => state.set({ min: detail }, { replace: true }));
+
+box.addEventListener("ask", ({ detail: text }) => (text ? (text === state.now.text && results.question ? ask() : state.ask({ text })) : byId("question").focus()));
+box.addEventListener("clear", () => state.ask({}));
+filters.addEventListener("change", ({ detail }) => state.set({ ...detail, image: null, slot: null }));
+picture.addEventListener("ask", ({ detail: key }) => state.ask({ picture: key }));
+exporting.addEventListener("exported", ({ detail: name }) => toast(`Downloaded ${name}`));
+
+viewer.addEventListener("choose", ({ detail: slot }) => state.set({ slot }, { replace: true }));
+viewer.addEventListener("like", ({ detail }) => state.ask(detail));
+viewer.addEventListener("toggle", () => selection.toggle(viewer.imageId));
+viewer.addEventListener("known", ({ detail: snapshot }) => results.answer && snapshot !== results.answer.snapshot_id && showOutdated());
+viewer.addEventListener("move", ({ detail: step }) => {
+  const rank = results.shown.findIndex((hit) => hit.image_id === state.now.image) + step;
+  const hit = results.shown[rank];
+  if (!hit) return;
+  state.set({ image: hit.image_id, slot: hit.slot }, { replace: true });
+  if (rank + 5 > results.shown.length) results.more();
+});
+viewer.addEventListener("closed", () => {
+  if (state.now.image === null) return;
+  const rank = results.shown.findIndex((hit) => hit.image_id === state.now.image);
+  if (isViewerPushed) history.back();
+  else state.set({ image: null, slot: null }, { replace: true });
+  if (rank >= 0) grid.focus(rank);
+});
+
+for (const button of document.querySelectorAll("[data-refine]"))
+  button.addEventListener("click", () => {
+    box.text = `${box.text.trim()}${button.dataset.refine}`;
+    box.focus({ end: true });
+  });
+
+document.querySelector(".brand").addEventListener("click", (event) => {
+  if (event.ctrlKey || event.metaKey || event.shiftKey) return;
+  event.preventDefault();
+  state.ask({ under: "", glob: "", where: "", fold: false, unwanted: null, k: 60 });
+});
+
+async function start() {
+  startSession();
+  startThemes();
+  startKeys({
+    question: () => box.focus(),
+    help: () => byId("help").showModal(),
+    export: () => exporting.open(),
+    filters: () => filters.open(!filters.isOpen),
+    all: () => selection.all(results.shown),
+    escape: () => selection.clear(),
+    grid: () => (results.hits.length ? grid.focus() : document.activeElement.blur()),
+  });
+  showQuestion();
+  filters.show(state.now);
+  try {
+    about = await api.about();
+  } catch (error) {
+    showFailure(error, () => location.reload());
+    return;
+  }
+  showAbout();
+  ask();
+  if (state.now.image !== null) showViewer();
+  setInterval(lookForNewer, LOOK_EVERY);
+  document.addEventListener("visibilitychange", lookForNewer);
+  if (!isQuestion(state.now) && matchMedia("(hover: hover)").matches) box.focus();
+}
+
+function showAbout() {
+  box.examples = about.examples ?? [];
+  filters.columns = about.columns ?? [];
+  byId("sign-out").hidden = !isSignedIn();
+  byId("about").textContent = `${about.name}: ${about.num_images.toLocaleString("en")} images, ${about.num_vectors.toLocaleString("en")} objects, snapshot ${about.snapshot_id}, encoder ${about.encoder}.`;
+}
+
+start();

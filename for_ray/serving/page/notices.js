@@ -1,0 +1,42 @@
+// What is said instead of results, or above them.
+
+import { byId, el, icon } from "./dom.js";
+
+/** Instead of results: a title, a line, and what can be done. */
+export function showState(title, line = "", ...actions) {
+  const parts = [el("h2", {}, title)];
+  if (line) parts.push(el("p", {}, line));
+  if (actions.length) parts.push(el("div", { class: "actions" }, ...actions));
+  byId("state").replaceChildren(...parts);
+}
+
+export function clearState() {
+  byId("state").replaceChildren();
+}
+
+/** A button that does something. */
+export function action(text, listener, { isPrimary = false } = {}) {
+  return el("button", { type: "button", class: isPrimary ? "primary" : "plain", on: { click: listener } }, text);
+}
+
+/** A line above the results, with one thing to do; another of the same kind takes its place. */
+export function showBanner(kind, text, doText, listener) {
+  clearBanner(kind);
+  const close = el("button", { type: "button", class: "tool", "aria-label": "Dismiss", on: { click: () => clearBanner(kind) } }, icon("close"));
+  const act = action(doText, () => {
+    clearBanner(kind);
+    listener();
+  }, { isPrimary: true });
+  byId("notices").append(el("div", { class: `banner ${kind}`, role: "status", data: { kind } }, el("p", {}, text), act, close));
+}
+
+export function clearBanner(kind) {
+  byId("notices").querySelector(`[data-kind=${kind}]`)?.remove();
+}
+
+/** A few words that go by themselves. */
+export function toast(text) {
+  const line = el("p", { class: "toast", role: "status" }, text);
+  document.body.append(line);
+  setTimeout(() => line.remove(), 4000);
+}
