@@ -124,10 +124,12 @@ class _Routes:
         with self._current.lease() as index:
             return JSONResponse(self._about(index))
 
-    async def healthz(self) -> Response:
+    async def healthz(self, request: Request) -> Response:
         """Whether questions are answered."""
-        current = self._current
-        return JSONResponse({"status": "ok", "snapshot_id": current.snapshot_id, "stale": current.stale})
+        current, stale = self._current, self._current.stale
+        if stale is not None and not request.scope[guards.KNOWN]:
+            stale = "the last refresh failed: the log says why"  # the reason names places
+        return JSONResponse({"status": "ok", "snapshot_id": current.snapshot_id, "stale": stale})
 
     async def prometheus(self) -> Response:
         """Metrics for Prometheus."""
@@ -327,7 +329,8 @@ def _refuse_request(request: Request, error: Exception) -> Response:  # noqa: AR
         raise error
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"][1:])
-    return Refusal(400, "request", f"{where or 'the body'}: {first['msg']}").response()
+    what = first["msg"].removeprefix("Value error, ")
+    return Refusal(400, "request", f"{where or 'the body'}: {what}").response()
 
 
 def _refuse_route(request: Request, error: Exception) -> Response:

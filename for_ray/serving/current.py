@@ -110,6 +110,11 @@ class Current:
             self._thread.join()
             self._thread = None
 
+    def close(self) -> None:
+        """End the thread and give the snapshot back; no more leases are to be taken."""
+        self.stop()
+        self._replace(None)
+
     def _refresh_on(self) -> None:
         while not self._stopped.wait(self._refresh_seconds * min(2**self._num_failed_now, MOST_WAIT)):
             self.refresh()
@@ -118,16 +123,22 @@ class Current:
         latest_id = self._latest_id()
         if latest_id == self.snapshot_id:
             return False
-        opened = self._opened(latest_id, self._held.index)
-        with self._lock:
-            old, self._held = self._held, _Held(opened)
-            old.is_replaced = True
-            is_free = old.num_leases == 0
+        old_id = self.snapshot_id
+        self._replace(self._opened(latest_id, self._held.index))
         self.num_swaps += 1
-        _LOG.info("snapshot %d instead of %d", latest_id, old.index.snapshot.snapshot_id)
+        _LOG.info("snapshot %d instead of %d", latest_id, old_id)
+        return True
+
+    def _replace(self, opened: OpenIndex | None) -> None:
+        """Let questions go to another snapshot; the old one is closed now, or by its last lease."""
+        with self._lock:
+            old = self._held
+            old.is_replaced = True
+            if opened is not None:
+                self._held = _Held(opened)
+            is_free = old.num_leases == 0
         if is_free:
             old.index.close()
-        return True
 
     def _opened(self, snapshot_id: int | None, beside: OpenIndex | None) -> OpenIndex:
         opened = self._open_snapshot(snapshot_id, beside)

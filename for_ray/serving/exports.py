@@ -21,7 +21,8 @@ COLUMNS = (
 NAMELESS = "object"
 """The category of what a picture found."""
 
-_FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
+_FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")
+"""Signs that begin a formula, in Latin width and in Chinese, and spaces that are passed over before them."""
 
 
 class File(NamedTuple):

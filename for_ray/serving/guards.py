@@ -27,6 +27,9 @@ _LOG = logging.getLogger(__name__)
 
 COOKIE = "for_ray_session"
 
+KNOWN = "for_ray.is_known"
+"""In a request's scope: whether its client knows the token, on the routes that need none too."""
+
 ADDRESSES_KEPT = 10_000
 """Client addresses whose rate is known, the last seen ones."""
 
@@ -72,6 +75,9 @@ class Headers:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
+        if scope["type"] == "websocket":
+            await send({"type": "websocket.close"})  # there are none here
+            return
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -180,21 +186,19 @@ class Tokens:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the request on, or refuse it."""
-        if scope["type"] == "websocket":
-            raise Refusal(401, "token", "no websockets here")
-        if scope["type"] == "http" and not is_open(scope["method"], scope["path"]):
-            self._check(HeaderMap(scope=scope))
+        if scope["type"] == "http":
+            scope[KNOWN] = self._is_known(HeaderMap(scope=scope))
+            if not scope[KNOWN] and not is_open(scope["method"], scope["path"]):
+                raise Refusal(401, "token", "the token is missing or wrong: send Authorization: Bearer TOKEN")
         await self._app(scope, receive, send)
 
-    def _check(self, headers: HeaderMap) -> None:
+    def _is_known(self, headers: HeaderMap) -> bool:
         if self._token is None:
-            return
+            return True
         scheme, _, given = headers.get("authorization", "").partition(" ")
         if scheme.lower() == "bearer" and is_token(given.strip(), self._token):
-            return
-        if hmac.compare_digest(_cookie(headers).encode(), session_of(self._token).encode()):
-            return
-        raise Refusal(401, "token", "the token is missing or wrong: send Authorization: Bearer TOKEN")
+            return True
+        return hmac.compare_digest(_cookie(headers).encode(), session_of(self._token).encode())
 
 
 class Bodies:

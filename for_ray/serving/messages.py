@@ -10,9 +10,10 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from for_ray.errors import ConfigError
-from for_ray.retrieval import Filters, Question
+from for_ray.retrieval import MAX_HITS, Filters, Question
 from for_ray.retrieval.filters import MAX_FILTER_LETTERS
 from for_ray.retrieval.grammar import MAX_LETTERS
+from for_ray.serving.conditions import check_condition
 
 MAX_K = 1000
 """Hits of an answer; an export has up to `retrieval.MAX_HITS`."""
@@ -23,16 +24,16 @@ MAX_FILTER_IDS = 100_000
 MAX_IMAGE_ID = (1 << 55) - 1
 
 
-def _without_nul(text: str) -> str:
-    if "\0" in text:
-        raise ValueError("must not have a NUL letter")
+def _clean(text: str) -> str:
+    if "\0" in text or any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise ValueError("has letters that no text has: NUL, or half of a pair")
     return text
 
 
-Line = Annotated[str, AfterValidator(_without_nul)]
-ImageId = Annotated[int, Field(ge=0, le=MAX_IMAGE_ID)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Cosine = Annotated[float, Field(ge=-1, le=1)]
+Line = Annotated[str, AfterValidator(_clean)]
+ImageId = Annotated[int, Field(strict=True, ge=0, le=MAX_IMAGE_ID)]
+Fraction = Annotated[float, Field(strict=True, ge=0, le=1)]
+Cosine = Annotated[float, Field(strict=True, ge=-1, le=1)]
 
 
 class _Message(BaseModel):
@@ -50,9 +51,14 @@ class FiltersBody(_Message):
     image_ids: list[ImageId] | None = Field(None, max_length=MAX_FILTER_IDS)
 
     def filters(self) -> Filters:
-        """As the index takes them."""
+        """As the index takes them.
+
+        Raises:
+            ConfigError: The condition is not one that is served.
+        """
         ids = None if self.image_ids is None else tuple(self.image_ids)
-        return Filters(self.under, self.glob, self.where, ids)
+        where = None if self.where is None else check_condition(self.where)
+        return Filters(self.under, self.glob, where, ids)
 
 
 class QuestionBody(_Message):
@@ -66,7 +72,7 @@ class QuestionBody(_Message):
     region: tuple[Fraction, Fraction, Fraction, Fraction] | None = Field(
         None, description="of the picture: x0, y0, x1, y1 as fractions of its width and height"
     )
-    k: int = Field(60, ge=1, le=MAX_K)
+    k: int = Field(60, strict=True, ge=1, le=MAX_K)
     filters: FiltersBody = FiltersBody()
     min_score: Cosine | None = None
     fold_at: Fraction | None = Field(None, description="images as similar as this are one hit")
@@ -77,7 +83,7 @@ class QuestionBody(_Message):
         """As the index takes it.
 
         Raises:
-            ConfigError: The picture is not in base64.
+            ConfigError: The picture is not in base64, or the condition is not one that is served.
         """
         return Question(
             text=self.text,
@@ -96,7 +102,7 @@ class QuestionBody(_Message):
 class ExportQuestion(QuestionBody):
     """As for a search, with more hits."""
 
-    k: int = Field(60, ge=1, le=10_000)
+    k: int = Field(60, strict=True, ge=1, le=MAX_HITS)
 
 
 class ExportBody(_Message):
@@ -105,14 +111,14 @@ class ExportBody(_Message):
     format: Literal["csv", "jsonl", "coco"]
     question: ExportQuestion
     image_ids: list[ImageId] | None = Field(
-        None, max_length=10_000, description="only these of the question's hits, whatever its k and page"
+        None, max_length=MAX_HITS, description="only these of the question's hits, whatever its k and page"
     )
 
     def chosen(self) -> Question:
         """The question whose hits are exported.
 
         Raises:
-            ConfigError: The picture is not in base64.
+            ConfigError: The picture is not in base64, or the condition is not one that is served.
         """
         question = self.question.question()
         if self.image_ids is None:

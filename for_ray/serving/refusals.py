@@ -45,9 +45,7 @@ def refusal_of(error: ForRayError) -> Refusal:
     """What is answered where the index refuses a question, or can't answer."""
     if isinstance(error, QuestionError):
         return Refusal(400, "question", error.reason, error.position)
-    if isinstance(error, PictureError):
-        return Refusal(400, "request", f"the picture can't be decoded: {error}")
-    if isinstance(error, ConfigError):
+    if isinstance(error, ConfigError | PictureError):
         return Refusal(400, "request", str(error))
     return Refusal(503, "index", str(error), retry_after=10)
 
