@@ -7,6 +7,7 @@ import datetime
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -406,3 +407,54 @@ def test_a_task_that_fails_leaves_what_the_others_did(nights, tmp_path, monkeypa
     built = nights.build(None, memory_bytes=1 << 16)
     assert runs_of(built.segments) == ["run1", "run2", "run1"]
     nights.check(nights.publish(built), tmp_path)
+
+
+def without_room(stage: str, *, first: int, num_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the stage's task that begins with this image, no file takes more bytes, as on a full disk."""
+
+    def run(job: RangeJob, *given: Any) -> Any:
+        # Sent to the worker as it stands here, so it names what it needs itself.
+        import importlib
+        import resource
+
+        task = getattr(importlib.import_module(f"for_ray.stages.{stage}"), f"_{stage}")
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        if first == (given[1] if stage == "build" else given[0][0].first_image_id):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, limits[1]))
+        try:
+            return task(job, *given)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    monkeypatch.setattr(f"for_ray.stages.{stage}._{stage}", run)
+
+
+def test_a_disk_that_gets_full_in_mid_build_and_mid_merge_costs_one_segment(nights, tmp_path, monkeypatch):
+    """Of three tasks the second has no room: the run ends in a line, and the next one does the second."""
+    nights.change(new=240)
+    size = nights.build(None, memory_bytes=1 << 16).segments[1].num_bytes
+    nights.path("draft").unlink()
+    without_room("build", first=80, num_bytes=size - 1, monkeypatch=monkeypatch)
+    with pytest.raises(StorageError, match=r"cannot write segment \S+-000000000080\.faiss: .*; free space"):
+        nights.build(None, memory_bytes=1 << 16)
+    monkeypatch.undo()
+    assert list(nights.path("").glob("*run2-000000000080*")) == []
+    built = nights.build(None, memory_bytes=1 << 16)
+    assert runs_of(built.segments) == ["run2", "run3", "run2"]
+    first = nights.publish(built)
+    nights.check(first, tmp_path)
+
+    nights.change(new=0, gone=list(range(0, 240, 3)))  # a third of each is dead
+    built = nights.build(first, most=400)
+    without_room("merge", first=80, num_bytes=size // 2, monkeypatch=monkeypatch)
+    with pytest.raises(
+        StorageError, match=r"cannot write segment \S+-000000000080-\d+\.faiss: .*; free space"
+    ):
+        merge_small(nights.job, built, cluster=nights.cluster)
+    monkeypatch.undo()
+    assert list(nights.path("").glob("*run4-000000000080*")) == []
+    again = nights.build(first, most=400)
+    assert runs_of(again.segments) == ["run4", "run3", "run4"]
+    merged = merge_small(nights.job, again, cluster=nights.cluster)
+    assert runs_of(merged.segments) == ["run4", "run5", "run4"]
+    nights.check(nights.publish(merged), tmp_path)
