@@ -1,18 +1,22 @@
 """mAP@50 against the vectors stored of an image: how many slots, and which of them, on the picture book.
 
-    python benchmarks/slots.py [--images 5000] [--train-images 2000] [--out FOLDER] [--json]
+    python benchmarks/slots.py [--encoder BUNDLE] [--images 5000] [--train-images 2000] [--out DIR] [--json]
 
-The images are encoded once with head `cluster` for each number of slots; rules are then compared on the same
-vectors, by comparison with all of them: no index, no codec.
+The images are encoded once, with head `cluster` for each number of slots, or with what a bundle of another
+head has; rules are then compared on the same vectors, by comparison with all of them: no index, no codec.
 
     all       every slot of N
     cosine    the encoder's `keep`: of N, those without an earlier kept slot above the threshold
+    merged    the same slots, each the mean of those that are more like it than like another kept one
+    farthest  of N, m: the first, then again and again the one least like those that are kept
+    apart     of N, the m least like the mean of their image's slots
     claimed   of N, the m that a vocabulary claims most: highest cosine with a name less the mean over all
 
 The vocabulary of `claimed` is the training names without those that mean or share a word with a novel
 category: the novel columns show what becomes of names that nobody thought of. For each N and rule the fewest
 vectors that lose at most 0.005 against all slots of N (on base, novel and all) are chosen on the train split,
-and shown on val. With `--out`, `slots.png` draws the val split's figures into that folder.
+and shown on val. With `--out`, `slots.png` (of another head than cluster
+`slots-<head>.png`) draws the val split's figures into that folder.
 """
 
 from __future__ import annotations
@@ -21,7 +25,7 @@ import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -52,6 +56,14 @@ class Slots(NamedTuple):
     vectors: dict[int, Tensor]
     queries: Tensor
     truth: ValSplit
+
+
+def load_encoders(uri: str, numbers: Sequence[int]) -> dict[int, Encoder]:
+    """By their number of slots: one for each of `numbers` with head `cluster`, else the bundle as it is."""
+    bundle = open_bundle(uri)
+    if bundle.config.head != "cluster":
+        return {bundle.num_slots: load_encoder(bundle)}
+    return {num: load_encoder(open_bundle(uri, num_slots=num)) for num in numbers}
 
 
 def encode_split(encoders: dict[int, Encoder], name: str, num_images: int) -> Slots:
@@ -93,18 +105,53 @@ def claimed_slots(vectors: Tensor, names: Tensor, num_kept: int) -> Tensor:
     """
     cosines = vectors @ names.T  # [B, N, D] -> [B, N, V]
     claims = cosines.amax(dim=2) - cosines.mean(dim=2)
-    ranked = claims.sort(dim=1, descending=True, stable=True).indices[:, :num_kept]
-    return torch.zeros_like(claims, dtype=torch.bool).scatter(1, ranked, True)
+    return highest(claims, num_kept)
 
 
-def rules(vectors: Tensor, names: Tensor) -> Iterator[tuple[str, float, Tensor]]:
-    """Name, setting and kept slots [B, N] of each rule."""
+def highest(scores: Tensor, num_kept: int) -> Tensor:
+    """The m highest of each row [B, N], bool; of equal ones the earlier."""
+    ranked = scores.sort(dim=1, descending=True, stable=True).indices[:, :num_kept]
+    return torch.zeros_like(scores, dtype=torch.bool).scatter(1, ranked, True)
+
+
+def farthest_order(vectors: Tensor) -> Tensor:
+    """Slots [B, N] by when they are taken: the first, then again and again the one least like those before.
+
+    Args:
+        vectors: Unit vectors [B, N, D]; how much a slot is like some others is its highest cosine with one.
+    """
+    cosines = vectors @ vectors.transpose(1, 2)  # [B, N, D] -> [B, N, N]
+    order = [torch.zeros(len(vectors), 1, dtype=torch.int64)]
+    nearest = cosines[:, 0].scatter(1, order[0], torch.inf)
+    for _ in range(vectors.shape[1] - 1):
+        taken = nearest.argmin(dim=1, keepdim=True)
+        nearest = torch.maximum(nearest, torch.take_along_dim(cosines, taken[..., None], 1)[:, 0])
+        nearest = nearest.scatter(1, taken, torch.inf)
+        order.append(taken)
+    return torch.cat(order, dim=1)
+
+
+def merged_slots(vectors: Tensor, keep: Tensor) -> Tensor:
+    """Unit vectors [B, N, D]: a kept slot is the mean of the slots most like it, itself among them."""
+    cosines = (vectors @ vectors.transpose(1, 2)).masked_fill(~keep[:, None], -torch.inf)
+    target = cosines.argmax(dim=2)[..., None].expand_as(vectors)
+    return functional.normalize(torch.zeros_like(vectors).scatter_add(1, target, vectors), dim=-1)
+
+
+def rules(vectors: Tensor, names: Tensor) -> Iterator[tuple[str, float, Tensor, Tensor]]:
+    """Name, setting, slots [B, N, D] and which are kept [B, N] of each rule."""
     num_slots = vectors.shape[1]
-    yield "all", num_slots, torch.ones(vectors.shape[:2], dtype=torch.bool)
+    yield "all", num_slots, vectors, torch.ones(vectors.shape[:2], dtype=torch.bool)
     for threshold in THRESHOLDS:
-        yield "cosine", threshold, distinct_slots(vectors, threshold)
+        keep = distinct_slots(vectors, threshold)
+        yield "cosine", threshold, vectors, keep
+        yield "merged", threshold, merged_slots(vectors, keep), keep
+    order = farthest_order(vectors)
+    unlike = -(vectors * functional.normalize(vectors.mean(dim=1, keepdim=True), dim=-1)).sum(dim=-1)
     for num_kept in range(2, num_slots):
-        yield "claimed", num_kept, claimed_slots(vectors, names, num_kept)
+        yield "farthest", num_kept, vectors, highest(-order.argsort(dim=1), num_kept)
+        yield "apart", num_kept, vectors, highest(unlike, num_kept)
+        yield "claimed", num_kept, vectors, claimed_slots(vectors, names, num_kept)
 
 
 def measure(split: Slots, names: Tensor) -> list[dict[str, Any]]:
@@ -112,9 +159,10 @@ def measure(split: Slots, names: Tensor) -> list[dict[str, Any]]:
     lines = []
     for num_slots, vectors in split.vectors.items():
         unit = functional.normalize(vectors.float(), dim=-1)
-        scores = torch.stack([unit @ query for query in split.queries])  # [V, B, N]
-        for rule, setting, keep in rules(unit, names):
-            means = summarise(scores.masked_fill(~keep, -torch.inf).amax(dim=2), split.truth)
+        for rule, setting, slots, keep in rules(unit, names):
+            scores = slots @ split.queries.T  # [B, N, D] -> [B, N, V]
+            best = scores.masked_fill_(~keep[..., None], -torch.inf).amax(dim=1)
+            means = summarise(best.T, split.truth)
             number = round(float(keep.sum()) / len(keep), 2)
             line = {"slots": num_slots, "rule": rule, "setting": setting, "vectors_per_image": number}
             lines.append({**line, **{group: means[f"map_at_50_{group}"] for group in GROUPS}})
@@ -142,15 +190,17 @@ def shown(chosen: list[dict[str, Any]], lines: list[dict[str, Any]]) -> list[dic
 
 
 def draw_figure(lines: list[dict[str, Any]], path: Path) -> None:
-    """mAP@50 over vectors an image, base and novel side by side; 8 and 6 slots stand for the rules."""
+    """mAP@50 over vectors an image, base and novel side by side; 8 and 6 slots, or all, show the rules."""
     from matplotlib.figure import Figure
 
     numbers = sorted({line["slots"] for line in lines})
     curves: list[tuple[str, str, int | None, str]] = [("all slots of N", "all", None, "o-")]
-    for size, look in ((8, "s"), (6, "^")):
+    for size, look in ((8, "s"), (6, "^")) if len(numbers) > 1 else ((numbers[0], "s"),):
         if size in numbers:
             curves.append((f"{size} slots, cosine threshold", "cosine", size, f"{look}--"))
+            curves.append((f"{size} slots, farthest", "farthest", size, f"{look}-."))
             curves.append((f"{size} slots, claimed most", "claimed", size, f"{look}:"))
+    ticks = numbers if len(numbers) > 1 else [number for number in NUM_SLOTS if number < numbers[0]] + numbers
     figure = Figure(figsize=(10, 4.4), layout="constrained")
     for axes, group in zip(figure.subplots(1, 2), ("base", "novel"), strict=True):
         for name, rule, num_slots, look in curves:
@@ -159,10 +209,10 @@ def draw_figure(lines: list[dict[str, Any]], path: Path) -> None:
             x, y = [line["vectors_per_image"] for line in found], [line[group] for line in found]
             axes.plot(x, y, look, markersize=5, label=name if group == "base" else None)
         axes.set(xlabel="vectors an image", ylabel=f"mAP@50, {group} categories", xscale="log")
-        axes.set_xticks(numbers, [str(number) for number in numbers])
+        axes.set_xticks(ticks, [str(number) for number in ticks])
         axes.minorticks_off()
         axes.grid(alpha=0.3)
-    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     figure.savefig(path, dpi=130)
 
 
@@ -183,23 +233,23 @@ def main() -> int:
     parser.add_argument("--images", type=int, default=5000, help="val images to show (default 5000)")
     parser.add_argument("--train-images", type=int, default=2000, help="to choose on (default 2000)")
     parser.add_argument("--encoder", default="picturebook", help="a bundle or open_clip:MODEL@PRETRAINED")
-    parser.add_argument("--slots", nargs="+", type=int, default=NUM_SLOTS, help="numbers of slots to compare")
+    parser.add_argument(
+        "--slots", nargs="+", type=int, default=NUM_SLOTS, help="numbers of slots to compare, head cluster"
+    )
     parser.add_argument("--out", type=Path, help="folder for slots.png")
     parser.add_argument(
         "--json", action="store_true", help="print one line of JSON, all lines of both splits"
     )
     options = parser.parse_args()
-    encoders = {
-        num: load_encoder(open_bundle(options.encoder, head="cluster", num_slots=num))
-        for num in options.slots
-    }
+    encoders = load_encoders(options.encoder, options.slots)
     train = encode_split(encoders, "train", options.train_images)
     val = encode_split(encoders, "val", options.images)
     names = torch.from_numpy(next(iter(encoders.values())).embed_text(known_names(val.truth)))
     on_train, on_val = measure(train, names), measure(val, names)
     if options.out is not None:
         options.out.mkdir(parents=True, exist_ok=True)
-        draw_figure(on_val, options.out / "slots.png")
+        head = next(iter(encoders.values())).bundle.config.head
+        draw_figure(on_val, options.out / ("slots.png" if head == "cluster" else f"slots-{head}.png"))
     if options.json:
         print(json.dumps({"train": on_train, "val": on_val, "chosen": shown(choose(on_train), on_val)}))
     else:
