@@ -2,6 +2,7 @@
 
 python jobs/evaluate.py --dataset picturebook:DIR --encoder picturebook --encoder picturebook#clip
 python jobs/evaluate.py --dataset coco:instances_val2017.json:s3://bucket/val2017 --index s3://bucket/index
+python jobs/evaluate.py --dataset folder:DIR --task knn --encoder s3://bucket/tuned/bundle
 """
 
 from __future__ import annotations
@@ -27,10 +28,12 @@ def _run(arguments: list[str]) -> None:
     settings = read_settings(EvaluateSettings, arguments)
 
     from for_ray.pipeline.evaluate import run_evaluate
+    from for_ray.pipeline.evaluate_tasks import TASKS, run_task
     from for_ray.stages.progress import Progress
     from for_ray.stages.results import print_evaluation
 
-    evaluation = run_evaluate(settings, progress=Progress())
+    run = run_task if settings.task in TASKS else run_evaluate
+    evaluation = run(settings, progress=Progress())
     if settings.json_:
         print(json.dumps(evaluation.to_json(), ensure_ascii=False), flush=True)
     else:

@@ -12,7 +12,7 @@ from pydantic_settings import NoDecode
 from for_ray.config.index import Head
 from for_ray.config.reading import Settings
 
-Task = Literal["retrieval", "multilabel"]
+Task = Literal["retrieval", "multilabel", "image-to-image", "knn", "zero-shot", "text-to-image"]
 
 
 class EvaluateSettings(Settings):
@@ -21,6 +21,11 @@ class EvaluateSettings(Settings):
     Retrieval: every category is a query, images are ranked by their highest cosine, AP over the first 50 is
     averaged over the base, the novel and all categories (mAP@50). Multilabel: F1 of the three categories that
     an image is nearest to, and mAP, over all categories (GZSL) and over the novel ones (ZSL).
+
+    Image-to-image: every image asks for the others of its class: mAP over the whole ranking, and R@1. Knn:
+    the nearest neighbours vote for an image's class, each with its cosine. Zero-shot: the nearest class name,
+    through the encoder's prompts. These need one class an image. Text-to-image: every caption asks for its
+    images: R@1, R@5, R@10. With several vectors an image they rank as a search does.
 
     --encoder encodes the data set's images; given more than once, every encoder is a line of the table.
     --index measures a published index instead, beside exact search over its own vectors. Nothing is written
@@ -35,7 +40,9 @@ class EvaluateSettings(Settings):
     dataset: str = Field(
         min_length=1,
         description="images with labels: coco:ANNOTATIONS.json:IMAGES, lvis:ANNOTATIONS.json:IMAGES, "
-        "nuimages:ROOT:VERSION or picturebook:DIR; each place a path or s3://…",
+        "nuimages:ROOT:VERSION, picturebook:DIR, folder:DIR (of folders named after classes) or labels:FILE "
+        "(uri, label); with --task text-to-image pairs:FILE (uri, caption) or picturebook:DIR; each place a "
+        "path or s3://…",
     )
     split: str | None = Field(
         None,
@@ -73,6 +80,13 @@ class EvaluateSettings(Settings):
     task: Task = Field("retrieval", description="what is measured; multilabel needs --encoder")
     csv: str | None = Field(
         None, min_length=1, description="write AP@50 of every category to this file, or s3://…"
+    )
+    neighbours: int = Field(21, ge=1, le=10_000, description="--task knn: how many vote")
+    gallery: str | None = Field(
+        None,
+        min_length=1,
+        description="--task knn: the data set that neighbours are of, as --dataset; default: --dataset "
+        "itself, each image without itself",
     )
     json_: bool = Field(False, alias="json", description="print one line of JSON instead of the tables")
     config: Path | None = Field(None, description="a TOML file with any of these settings")
@@ -119,9 +133,19 @@ class EvaluateSettings(Settings):
             raise ValueError(f"max_actors ({self.max_actors}) is below min_actors ({self.min_actors})")
         return self
 
+    @model_validator(mode="after")
+    def _task_has_its_settings(self) -> EvaluateSettings:
+        if self.task != "knn" and (self.gallery is not None or "neighbours" in self.model_fields_set):
+            raise ValueError("--gallery and --neighbours go with --task knn")
+        if self.task == "text-to-image" and self.split is not None:
+            raise ValueError("--split goes with categories: --task text-to-image has captions")
+        return self
+
     def _refuse_with_index(self) -> None:
         if self.task == "multilabel":
             raise ValueError("--task multilabel needs --encoder: an index ranks images, not categories")
+        if self.task != "retrieval":
+            raise ValueError(f"--task {self.task} needs --encoder: only retrieval is measured on an index")
         for name in ("head", "num_slots", "image_size", "keep_threshold"):
             if getattr(self, name) is not None:
                 raise ValueError(f"--{name.replace('_', '-')} goes with --encoder: an index has its own")

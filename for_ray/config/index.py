@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from for_ray.config.reading import Settings
 
-Head = Literal["sum", "cluster", "dense", "clip"]
+Head = Literal["sum", "cluster", "dense", "clip", "mcip"]
 
 
 class IndexSettings(Settings):

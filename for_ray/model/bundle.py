@@ -80,6 +80,7 @@ class Bundle:
         cells = catalog.num_cells(self.model_config, self.image_size)
         return {
             "clip": 1,
+            "mcip": 1,
             "dense": cells,
             "cluster": min(config.num_slots, cells),
             "sum": config.num_slots,
@@ -117,6 +118,7 @@ class Bundle:
         of_cells: dict[str, Any] = {"num_slots": self.num_slots, "dense_positions": config.dense_positions}
         of_head = {
             "clip": {},
+            "mcip": {},
             "dense": of_cells,
             "cluster": of_cells,
             "sum": {
@@ -184,7 +186,7 @@ def open_bundle(
             `MODEL/PRETRAINED`). MODEL is a name that open_clip knows, or a model-config JSON (path or uri);
             PRETRAINED a tag that open_clip knows, a weights file (path or uri), or `random`. Files of
             OpenAI's weights need the name with `-quickgelu`, unless OpenAI alone published the model.
-        head: `sum`, `cluster`, `dense` or `clip`.
+        head: `sum`, `cluster`, `dense`, `clip` or `mcip`.
         num_slots: N of `sum` and `cluster`.
         image_size: Side of the model's input in pixels; positions are interpolated.
         keep_threshold: Cosine above which slots of an image are stored once.
@@ -233,6 +235,11 @@ def check(bundle: Bundle) -> None:
     for prompt in config.prompts:
         if prompt.count("{}") != 1:
             raise ConfigError(f"the prompt {prompt!r} must contain {{}} once, where the name goes")
+    if config.head == "mcip" and not config.recipes:
+        raise ConfigError(
+            f"the encoder {config.name} has no tuned image tower: tune it (jobs/finetune.py --recipe mcip) "
+            "and give its bundle, or take head clip"
+        )
     if config.head == "sum" and config.head_sha256 is None and config.head_seed is None:
         raise ConfigError(
             f"the encoder {config.name} has no trained sum head: train one (jobs/finetune.py) and give its "

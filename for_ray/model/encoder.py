@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 Precision = Literal["auto", "float32", "float16", "bfloat16"]
 
+CAPTIONS_AT_ONCE = 512
+
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -146,16 +148,39 @@ class Encoder(nn.Module):
         Raises:
             ConfigError: A name is empty, or the tokenizer can't be had.
         """
-        if self._tokenize is None:
-            self._tokenize = make_tokenizer(self.bundle.model_config["text_cfg"], self.bundle.name)
-        tokenize = self._tokenize
         vectors = embed_names(
             names,
             prompts=self.bundle.config.prompts,
-            tokenize=lambda texts: tokenize(texts).to(self.device),
+            tokenize=lambda texts: self.tokenize(texts).to(self.device),
             encode_text=self.clip.encode_text,  # type: ignore[arg-type]
         )
         return vectors.cpu().numpy()
+
+    @torch.inference_mode()
+    def embed_captions(self, captions: Sequence[str]) -> NDArray[np.float32]:
+        """Captions as they stand, without prompts: unit vectors [Q, D]; computed in float32.
+
+        What is too long for the tower is cut off.
+
+        Raises:
+            ConfigError: The tokenizer can't be had.
+        """
+        parts = [np.empty((0, self.dim), np.float32)]
+        for start in range(0, len(captions), CAPTIONS_AT_ONCE):
+            tokens = self.tokenize(captions[start : start + CAPTIONS_AT_ONCE])
+            vectors = self.clip.encode_text(tokens.to(self.device)).float()  # type: ignore[operator]
+            parts.append(torch.nn.functional.normalize(vectors, dim=-1).cpu().numpy())
+        return np.concatenate(parts)
+
+    def tokenize(self, texts: Sequence[str]) -> Tensor:
+        """Token ids [n, L] on the CPU.
+
+        Raises:
+            ConfigError: The tokenizer can't be had.
+        """
+        if self._tokenize is None:
+            self._tokenize = make_tokenizer(self.bundle.model_config["text_cfg"], self.bundle.name)
+        return self._tokenize(list(texts))
 
     def embed_image(self, image: bytes) -> NDArray[np.float32]:
         """A picture as the index would store it: its distinct slots as unit vectors [n, D], 1 <= n <= N.
@@ -222,7 +247,7 @@ def make_head(bundle: Bundle, width: int) -> Head:
         StorageError: The store refused.
     """
     config = bundle.config
-    if config.head == "clip":
+    if config.head in ("clip", "mcip"):
         return ClipHead()
     if config.head == "dense":
         return DenseHead(with_positions=config.dense_positions)

@@ -13,7 +13,7 @@ from for_ray.model.preprocess import Interpolation, ResizeMode
 from for_ray.model.text import SEVEN_PROMPTS
 from for_ray.schema import MAX_SLOTS
 
-HeadName = Literal["sum", "cluster", "dense", "clip"]
+HeadName = Literal["sum", "cluster", "dense", "clip", "mcip"]
 
 POOLING_PREFIX = "pooling."
 """What the names of the pooling layer's tensors in `head.safetensors` begin with."""
@@ -61,6 +61,9 @@ class EncoderConfig(BaseModel):
     )
     head_seed: int | None = Field(
         None, description="`sum` untrained, fresh from this seed: tests, benchmarks"
+    )
+    recipes: str | None = Field(
+        None, description="what tuned the towers, in this order, such as mcip,realign; needed by head `mcip`"
     )
 
 

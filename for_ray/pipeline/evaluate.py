@@ -54,8 +54,8 @@ def run_evaluate(settings: EvaluateSettings, *, progress: Progress) -> Evaluatio
         StageError: Encoding failed, or too many images cannot be read.
     """
     if settings.csv is not None:
-        check_writable(_folder_of(settings.csv))
-    bundles = _open_encoders(settings)
+        check_writable(folder_of(settings.csv))
+    bundles = open_encoders(settings)
     with progress.stage("read", unit="images") as update:
         images = open_dataset(settings.dataset, split=settings.split)
         update(len(images))
@@ -71,12 +71,19 @@ def run_evaluate(settings: EvaluateSettings, *, progress: Progress) -> Evaluatio
     return evaluation
 
 
-def _folder_of(uri: str) -> str:
+def folder_of(uri: str) -> str:
+    """Where a file lies."""
     return uri.rpartition("/")[0] if is_s3(uri) else str(local_path(uri).parent)
 
 
-def _open_encoders(settings: EvaluateSettings) -> dict[str, Bundle]:
-    """The encoders by what tables call them: as they were given, with their head."""
+def open_encoders(settings: EvaluateSettings) -> dict[str, Bundle]:
+    """The encoders by what tables call them: as they were given, with their head.
+
+    Raises:
+        ConfigError: One is unknown, incomplete, or given twice.
+        DataError: A file of a bundle is not what its checksum says.
+        StorageError: The store refused.
+    """
     bundles: dict[str, Bundle] = {}
     for given in settings.encoder or ():
         encoder, _, head = given.rpartition("#")

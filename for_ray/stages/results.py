@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from for_ray.datasets.labelled import CategoryShare
 from for_ray.evaluation.summary import GroupMeans, MultilabelScores
+from for_ray.stages.task_results import TaskEvaluation
 
 MOST_ROWS = 100
 """Categories that a person is shown; more are in the CSV."""
@@ -98,10 +99,13 @@ class Evaluation:
         return text.getvalue()
 
 
-def print_evaluation(evaluation: Evaluation, stream: TextIO) -> None:
+def print_evaluation(evaluation: Evaluation | TaskEvaluation, stream: TextIO) -> None:
     """Print the methods as a table, and the categories as another where they are few."""
     from rich.console import Console
 
+    if isinstance(evaluation, TaskEvaluation):
+        evaluation.print(stream)
+        return
     is_terminal = stream.isatty()
     console = Console(file=stream, highlight=False, width=None if is_terminal else 200)
     if len(evaluation.shares) <= MOST_ROWS:

@@ -38,16 +38,25 @@ class ScoreJob(ImageJob):
         opened: The encoder itself, so that nothing has to be written; files that it names must be where
             all workers reach them.
         names: The categories [V], in their order.
+        are_captions: They are embedded as they stand, without prompts.
     """
 
     tag: ClassVar[str] = "evaluate"
 
     opened: Bundle
     names: tuple[str, ...]
+    are_captions: bool = False
 
     @classmethod
     def of(
-        cls, bundle: Bundle, names: tuple[str, ...], *, device: str, batch_size: int, read_threads: int
+        cls,
+        bundle: Bundle,
+        names: tuple[str, ...],
+        *,
+        device: str,
+        batch_size: int,
+        read_threads: int,
+        are_captions: bool = False,
     ) -> ScoreJob:
         """The job of a bundle and these names."""
         return cls.of_bundle(
@@ -58,6 +67,7 @@ class ScoreJob(ImageJob):
             read_threads=read_threads,
             opened=bundle,
             names=names,
+            are_captions=are_captions,
         )
 
     @property
@@ -96,17 +106,10 @@ def score_images(
         StorageError: The store refused (from a worker: wrapped by Ray).
     """
     num_images = len(uris)
-    rows = pa.table(
-        {
-            "uri": uris,
-            "etag": pa.array(np.full(num_images, ""), pa.string()),  # there was no listing to hold it to
-            "size_bytes": pa.nulls(num_images, pa.int64()),
-            "row": np.arange(num_images),
-        }
-    )
+    rows = unlisted_rows(uris)
     values = np.zeros((len(job.names), num_images), np.float32)
     is_read = np.zeros(num_images, bool)
-    bad = _BadImages(num_images)
+    bad = BadImages(num_images)
     num_done = 0
     scored = make_encoded(rows, job=job, pool=pool, num_images=num_images)
     for block in scored.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
@@ -119,6 +122,19 @@ def score_images(
         on_progress(num_done)
     bad.check(most_bad)
     return Scores(values, is_read)
+
+
+def unlisted_rows(uris: pa.ChunkedArray) -> pa.Table:
+    """Images as a listing would give them, though there was none to hold them to, with their `row`."""
+    num_images = len(uris)
+    return pa.table(
+        {
+            "uri": uris,
+            "etag": pa.array(np.full(num_images, ""), pa.string()),
+            "size_bytes": pa.nulls(num_images, pa.int64()),
+            "row": np.arange(num_images),
+        }
+    )
 
 
 class ScoreImages:
@@ -137,7 +153,8 @@ class ScoreImages:
         torch.set_num_threads(num_threads)
         self._job = job
         self._encoder = load_encoder(job.opened, job.device)
-        self._text = torch.from_numpy(self._encoder.embed_text(job.names)).to(self._encoder.device)
+        embed = self._encoder.embed_captions if job.are_captions else self._encoder.embed_text
+        self._text = torch.from_numpy(embed(job.names)).to(self._encoder.device)
 
     def __call__(self, block: pa.Table) -> pa.Table:
         """What `read_block` gives with `scores` [V] for its pixels; null without any."""
@@ -171,7 +188,7 @@ def _matrix(column: pa.ChunkedArray, width: int) -> NDArray[np.float32]:
     return np.asarray(flat.to_numpy(zero_copy_only=False), np.float32).reshape(-1, width)
 
 
-class _BadImages:
+class BadImages:
     """The images that cannot be measured, and why, as far as a message tells it."""
 
     def __init__(self, num_images: int) -> None:

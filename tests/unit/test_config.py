@@ -67,8 +67,8 @@ def test_words_stay_words(word):
         ([*NEEDED, "--bach-size", "3"], "no such flag: --bach-size; did you mean --batch-size"),
         (["--images", "x"], "--index is missing"),
         (
-            [*NEEDED, "--head", "mcip"],
-            "--head (or FOR_RAY_HEAD): input should be 'sum', 'cluster', 'dense' or 'clip'",
+            [*NEEDED, "--head", "max"],
+            "--head (or FOR_RAY_HEAD): input should be 'sum', 'cluster', 'dense', 'clip' or 'mcip'",
         ),
         (
             [*NEEDED, "--batch-size", "0"],

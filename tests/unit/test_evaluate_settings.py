@@ -46,7 +46,7 @@ def test_encoders_by_flags_with_commas_by_a_variable_and_by_a_file(monkeypatch, 
         (["--index", "a", "--head", "clip"], "--head goes with --encoder"),
         (["--index", "a", "--num-slots", "3"], "--num-slots goes with --encoder"),
         (["--index", "a", "--task", "multilabel"], "needs --encoder"),
-        (["--encoder", "a", "--task", "sorting"], "--task .*'retrieval' or 'multilabel', got 'sorting'"),
+        (["--encoder", "a", "--task", "sorting"], "--task .*'retrieval', 'multilabel', .*, got 'sorting'"),
         (["--encoder", "a", "--max-bad-fraction", "1.5"], "--max-bad-fraction .*got '1.5'"),
         (["--encoder", "a", "--min-actors", "3", "--max-actors", "2"], "below min_actors"),
         (["--encoders", "a"], "no such flag: --encoders; did you mean --encoder"),
@@ -56,3 +56,18 @@ def test_what_is_refused(arguments, message):
     with pytest.raises(ConfigError, match=message) as raised:
         read(*arguments)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--task", "zero-shot", "--neighbours", "3"], "go with --task knn"),
+        (["--task", "image-to-image", "--gallery", "folder:a"], "go with --task knn"),
+        (["--task", "text-to-image", "--split", "s.json"], "--task text-to-image has captions"),
+    ],
+)
+def test_settings_of_another_task_are_refused(arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        read("--encoder", "a", *arguments)
+    settings = read("--encoder", "a", "--task", "knn", "--neighbours", "3", "--gallery", "folder:a")
+    assert (settings.neighbours, settings.gallery) == (3, "folder:a")

@@ -154,7 +154,7 @@ def test_unknown_encoders_are_refused_in_one_line(encoder: str, message: str) ->
     [
         ({"slots": 3}, {}, "slots: Extra inputs"),
         ({"num_slots": 0}, {}, "num_slots: .*greater than or equal to 1, got 0"),
-        ({"head": "best"}, {}, "head: .*'sum', 'cluster', 'dense' or 'clip', got 'best'"),
+        ({"head": "best"}, {}, "head: .*'sum', 'cluster', 'dense', 'clip' or 'mcip', got 'best'"),
         ({}, {"keep_threshold": 1.5}, "keep_threshold: .*got 1.5"),
         ({}, {"image_size": 100}, "image_size 100 must be a multiple of 32"),
         ({"prompts": ["a photo"]}, {}, "'a photo' must contain {} once"),
