@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +19,7 @@ import ray
 from numpy.typing import NDArray
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
-from for_ray.errors import ConfigError, StageError
+from for_ray.errors import ConfigError, ForRayError, StageError
 from for_ray.index.probe import Hits, checked_queries, merge_hits, no_hits
 from for_ray.index.search import SegmentSet, open_segments
 from for_ray.index.selection import Remembered
@@ -87,7 +88,9 @@ class ShardSet:
     Raises:
         ConfigError: The cluster has no room for so many.
         DataError: A file is not what its checksum says.
+        StageError: An actor died before it had opened its segments, and again whenever it was started.
         StorageError: The store refused.
+        ValueError: `num_shards` is below 1.
     """
 
     def __init__(
@@ -148,31 +151,41 @@ class ShardSet:
         ]
         if not asked or not len(queries):
             return no_hits(len(queries))
-        try:
+        with self._losses():
             return merge_hits(ray.get(asked), k)
-        except RayTaskError as error:
-            raise error.cause from None
-        except RayError as error:
-            raise StageError(
-                "search",
-                f"a shard of {len(self._actors)} is gone ({type(error).__name__}), and asking again up to "
-                f"{TASK_RETRIES} times did not help; is the cluster up, and has each node memory left? Open "
-                "the index again",
-            ) from error
 
     def _open(self) -> list[_Facts]:
         asked = [actor.describe.remote() for actor in self._actors]
         try:
-            return list(ray.get(asked, timeout=START_SECONDS))
+            with self._losses():
+                return list(ray.get(asked, timeout=START_SECONDS))
         except GetTimeoutError:
             self.close()
             raise ConfigError(
                 f"{len(asked)} shards did not open within {START_SECONDS:g} s; each needs a free CPU of the "
                 "cluster, and time to fetch its segments: ask for fewer, or add nodes"
             ) from None
-        except RayTaskError as error:
+        except ForRayError:
             self.close()
-            raise error.cause from None
+            raise
+
+    @contextmanager
+    def _losses(self) -> Iterator[None]:
+        """Raise what an actor raised as it was, and in one line that one is gone, or what it was given."""
+        try:
+            yield
+        except GetTimeoutError:
+            raise
+        except RayError as error:
+            cause = error.cause if isinstance(error, RayTaskError) else error
+            if not isinstance(cause, RayError):
+                raise cause from None
+            raise StageError(
+                "search",
+                f"a shard of {len(self._actors)} is gone ({type(cause).__name__}), and asking again up to "
+                f"{TASK_RETRIES} times did not help; is the cluster up, and has each node memory left? Open "
+                "the index again",
+            ) from error
 
     def close(self) -> None:
         """End the actors."""

@@ -18,6 +18,7 @@ from for_ray.index.similar import search_similar
 from for_ray.index.table import open_table, take_vectors
 from for_ray.retrieval import Question, open_index
 from for_ray.schema import Segment
+from for_ray.stages import shards
 from for_ray.stages.shards import ShardSet, assign_segments
 from tests.planted import Planted, PlantedIndex, make_tiny_bundle
 
@@ -46,9 +47,9 @@ def planted(ray_address: str, tmp_path_factory: pytest.TempPathFactory) -> Plant
 def searchers(planted: PlantedIndex):
     """The same segments in this process and in three actors."""
     given = (planted.layout, planted.bundle.fingerprint, planted.segments)
-    shards = ShardSet(*given, nprobe=2, num_shards=3)
-    yield open_segments(*given, nprobe=2), shards
-    shards.close()
+    many = ShardSet(*given, nprobe=2, num_shards=3)
+    yield open_segments(*given, nprobe=2), many
+    many.close()
 
 
 FILTERS = {
@@ -166,6 +167,19 @@ def test_too_many_shards_are_told(planted, monkeypatch):
     given = (planted.layout, planted.bundle.fingerprint, planted.segments)
     with pytest.raises(ConfigError, match="5 shards did not open within 5 s"):
         ShardSet(*given, nprobe=1, num_shards=5)
+
+
+@pytest.mark.slow
+def test_an_actor_that_dies_whenever_it_opens_its_segments_is_told(planted, monkeypatch):
+    class Dying(shards._Shard):
+        def describe(self) -> None:
+            os._exit(1)
+
+    monkeypatch.setattr(shards, "_Shard", Dying)
+    given = (planted.layout, planted.bundle.fingerprint, planted.segments)
+    with pytest.raises(StageError, match=r"search: a shard of 2 is gone \(\w+\), and asking again") as caught:
+        ShardSet(*given, nprobe=1, num_shards=2)
+    assert "\n" not in str(caught.value)
 
 
 def test_an_index_without_segments_finds_nothing(planted):
