@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 from for_ray.errors import ConfigError
 from for_ray.index.conjunction import ImageObjects, assign_slots, search_clauses
 from for_ray.index.folding import fold_images
-from for_ray.index.probe import Searchable
+from for_ray.index.probe import Hits, Searchable
 from for_ray.index.search import RankedImages, search_images
 from for_ray.index.similar import search_similar
 from for_ray.retrieval.paging import PageEnd, Reached, depths
@@ -36,6 +37,27 @@ class Ranking(NamedTuple):
     is_exhaustive: bool
     is_proven: bool
     num_candidates: int
+
+
+class TimedSegments:
+    """The vectors of a snapshot for one question, in one thread; `seconds` is what their search has taken."""
+
+    def __init__(self, segments: Searchable) -> None:
+        self._segments = segments
+        self.dim, self.nlist = segments.dim, segments.nlist
+        self.nprobe, self.num_vectors = segments.nprobe, segments.num_vectors
+        self.seconds = 0.0
+
+    def close(self) -> None:
+        """The vectors stay open: other questions have them too."""
+
+    def search(self, queries: NDArray[np.floating], k: int, **options: Any) -> Hits:
+        """As `Searchable.search`."""
+        started = time.perf_counter()
+        try:
+            return self._segments.search(queries, k, **options)
+        finally:
+            self.seconds += time.perf_counter() - started
 
 
 @dataclass(frozen=True)

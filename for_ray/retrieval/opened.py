@@ -23,7 +23,7 @@ from for_ray.index.probe import Searchable
 from for_ray.index.search import ImageVectors, open_segments
 from for_ray.index.table import open_table
 from for_ray.model.bundle import Bundle, open_bundle
-from for_ray.retrieval.asking import Search
+from for_ray.retrieval.asking import Search, TimedSegments
 from for_ray.retrieval.filters import columns_of, filtered_ids
 from for_ray.retrieval.names import NameVectors
 from for_ray.retrieval.paging import check_page, read_token
@@ -255,10 +255,11 @@ class OpenIndex:
         started = time.perf_counter()
         only = filtered_ids(self._images, question.filters)
         filtered = time.perf_counter()
+        segments = TimedSegments(self._segments)
         asked = Search(
             snapshot=self.snapshot,
             images=self._images,
-            segments=self._segments,
+            segments=segments,
             num_slots=self.bundle.num_slots,
             question=question,
             query=query,
@@ -267,7 +268,13 @@ class OpenIndex:
             limits=self._limits,
         )
         answer = asked.answer()
-        seconds = {"filter": filtered - started, "search": time.perf_counter() - filtered}
+        searched = time.perf_counter() - filtered
+        seconds = {
+            "filter": filtered - started,
+            "faiss": segments.seconds,
+            "rank": searched - segments.seconds,
+            "search": searched,
+        }
         return dataclasses.replace(answer, seconds=seconds)
 
     def _limits(self, terms: NDArray[np.float32]) -> NDArray[np.float64]:

@@ -173,7 +173,8 @@ class Answer:
             in all lists where it `is_exhaustive`.
         reason: Why there are fewer than k hits, one line; None where there are k.
         next_page: For the next question's `page`; None where nothing is left.
-        seconds: What took how long: `encode`, `filter`, `search`, `total`.
+        seconds: What took how long: `encode`, `filter`, `faiss` (the segments), `rank` (with stored vectors,
+            and their reading), `search` (both of these), `total`.
     """
 
     hits: tuple[Hit, ...]

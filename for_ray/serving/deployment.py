@@ -7,10 +7,13 @@ with the load. One that dies, or whose shards are gone for good, is replaced by 
 
 from __future__ import annotations
 
+import io
+import logging
 import os
+import signal
 import threading
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, redirect_stderr
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -118,7 +121,8 @@ def run(
     served.check()
     with ExitStack() as stack:
         cluster = Cluster(stack)
-        _check_room(cluster, served, replicas)
+        with _own_signals():
+            _check_room(cluster, served, replicas)
         _start(host, port, stack)
         _deploy(application(served, replicas, gpus=_gpus(cluster, served.device)), stack)
         when_up(url_of(host, port))
@@ -166,11 +170,21 @@ def _check_room(cluster: Cluster, served: Served, replicas: Replicas) -> None:
         )
 
 
+@contextmanager
+def _own_signals() -> Iterator[None]:
+    """Keep the handler of SIGTERM; Ray sets another when a cluster is joined, which ends the process."""
+    handler = signal.getsignal(signal.SIGTERM)
+    yield
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)
+
+
 def _start(host: str, port: int, stack: ExitStack) -> None:
     """Serve's controller and proxies; those that are there are used, and left as they are."""
     from ray import serve
     from ray.serve.context import _get_global_client
 
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     running = _get_global_client(raise_if_no_controller_running=False)
     if running is not None:
         found = running.http_config
@@ -180,7 +194,7 @@ def _start(host: str, port: int, stack: ExitStack) -> None:
                 "and --port, or end it with `serve shutdown`"
             )
         return
-    stack.callback(serve.shutdown)
+    stack.callback(_shut_down)
     serve.start(
         proxy_location="EveryNode",
         http_options={
@@ -191,6 +205,14 @@ def _start(host: str, port: int, stack: ExitStack) -> None:
         },
         logging_config={"log_level": "WARNING", "enable_access_log": False},
     )
+
+
+def _shut_down() -> None:
+    """End Serve; Ray calls an error that the controller ends, as it is told to (ray 2.60)."""
+    from ray import serve
+
+    with redirect_stderr(io.StringIO()):
+        serve.shutdown()
 
 
 def _deploy(app: Any, stack: ExitStack) -> None:
