@@ -31,6 +31,8 @@ class Planted:
     boxes: Sequence[Sequence[float]] = ()
     etag: str | None = ""
     error: str | None = None
+    width: int | None = None
+    height: int | None = None
 
 
 def at_cosines(query: NDArray[np.float32], *cosines: float) -> NDArray[np.float32]:
@@ -172,6 +174,8 @@ def _rows(images: Sequence[Planted], schema: pa.Schema) -> pa.Table:
         {
             "uri": image.uri,
             "etag": image.etag,
+            "width": image.width,
+            "height": image.height,
             "error": image.error,
             "vectors": [vector.astype(np.float16) for vector in image.vectors],
             "boxes": [

@@ -15,6 +15,7 @@ import anyio.to_thread
 from anyio import CapacityLimiter
 from fastapi import APIRouter, FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
+from pydantic import BeforeValidator
 from starlette.exceptions import HTTPException
 from starlette.responses import FileResponse, JSONResponse, RedirectResponse, Response
 
@@ -47,6 +48,18 @@ _PAGE_TYPES = {
 
 Done = TypeVar("Done")
 
+_DIGITS = re.compile(r"[0-9]{1,17}")
+
+
+def _digits(text: object) -> object:
+    if not isinstance(text, str) or not _DIGITS.fullmatch(text):
+        raise ValueError("expected a number of at most 17 digits")
+    return text
+
+
+Number = Annotated[int, BeforeValidator(_digits)]
+"""In a path; Python's own `int` takes digits of all scripts, and fails where there are thousands."""
+
 
 class _Room:
     """Threads for one kind of work, and a queue before them that has an end."""
@@ -55,13 +68,18 @@ class _Room:
         self._limiter = CapacityLimiter(at_once)
         self._waiting = waiting
 
+    @property
+    def num_waiting(self) -> int:
+        """For a thread."""
+        return self._limiter.statistics().tasks_waiting
+
     async def run(self, work: Callable[[], Done]) -> Done:
         """What the work gives.
 
         Raises:
             Refusal: Too many wait.
         """
-        if self._limiter.statistics().tasks_waiting >= self._waiting:
+        if self.num_waiting >= self._waiting:
             raise Refusal(503, "busy", "too many requests wait: ask again in a moment", retry_after=1)
         return await anyio.to_thread.run_sync(work, limiter=self._limiter)
 
@@ -76,7 +94,7 @@ class _Routes:
         self._questions = _Room(limits.questions_at_once, limits.questions_waiting)
         self._pictures = _Room(limits.pictures_at_once, limits.pictures_waiting)
         self._thumbnails = pictures.Thumbnails(limits.thumbnail_bytes)
-        self.metrics = Metrics(service.current)
+        self.metrics = Metrics(service.current, lambda: self._questions.num_waiting)
 
     async def search(self, body: messages.QuestionBody) -> Response:
         """Find the images that show what is asked for."""
@@ -84,8 +102,8 @@ class _Routes:
 
     async def similar(
         self,
-        image_id: int,
-        slot: int,
+        image_id: Number,
+        slot: Number,
         k: Annotated[int, Query(ge=1, le=messages.MAX_K)] = 60,
         min_score: Annotated[float | None, Query(ge=-1, le=1, allow_inf_nan=False)] = None,
         fold_at: Annotated[float | None, Query(ge=0, le=1, allow_inf_nan=False)] = None,
@@ -96,16 +114,16 @@ class _Routes:
         body = messages.QuestionBody(like=like, k=k, min_score=min_score, fold_at=fold_at, page=page)
         return await self._questions.run(lambda: self._search(body))
 
-    async def image(self, image_id: int, redirect: bool = False) -> Response:
+    async def image(self, image_id: Number, redirect: bool = False) -> Response:
         """The file of an image; with `redirect`, the way to it in the store."""
         return await self._pictures.run(lambda: self._image(image_id, redirect=redirect))
 
-    async def objects(self, image_id: int) -> Response:
+    async def objects(self, image_id: Number) -> Response:
         """What the index holds of an image."""
         return await self._pictures.run(lambda: self._objects(image_id))
 
     async def thumbnail(
-        self, request: Request, image_id: int, side: Annotated[int, Query(ge=64, le=1024)] = 256
+        self, request: Request, image_id: Number, side: Annotated[int, Query(ge=64, le=1024)] = 256
     ) -> Response:
         """A small copy of an image, a JPEG file."""
         known = request.headers.get("if-none-match", "")
@@ -273,16 +291,16 @@ def _router(routes: _Routes) -> APIRouter:
     route: Callable[..., Any]
     for method, path, route, model in (
         ("POST", "/search", routes.search, messages.AnswerBody),
-        ("GET", "/similar/{image_id:int}/{slot:int}", routes.similar, messages.AnswerBody),
-        ("GET", "/images/{image_id:int}/objects", routes.objects, messages.ObjectsBody),
+        ("GET", "/similar/{image_id}/{slot}", routes.similar, messages.AnswerBody),
+        ("GET", "/images/{image_id}/objects", routes.objects, messages.ObjectsBody),
         ("GET", "/snapshots", routes.snapshots, messages.SnapshotsBody),
         ("GET", "/about", routes.about, messages.AboutBody),
         ("GET", "/healthz", routes.healthz, messages.HealthBody),
     ):
         router.add_api_route(path, route, methods=[method], responses={200: {"model": model}})
     for method, path, route, kind in (
-        ("GET", "/images/{image_id:int}", routes.image, "image/*"),
-        ("GET", "/thumbnails/{image_id:int}", routes.thumbnail, "image/jpeg"),
+        ("GET", "/images/{image_id}", routes.image, "image/*"),
+        ("GET", "/thumbnails/{image_id}", routes.thumbnail, "image/jpeg"),
         ("POST", "/export", routes.export, "*/*"),
         ("GET", "/metrics", routes.prometheus, "text/plain"),
     ):

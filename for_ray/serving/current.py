@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from for_ray.errors import ForRayError
 from for_ray.retrieval import OpenIndex
 
 _LOG = logging.getLogger(__name__)
@@ -88,7 +89,7 @@ class Current:
             try:
                 is_swapped = self._refresh()
             except Exception as error:  # noqa: BLE001 - whatever it is, the old snapshot goes on
-                self.stale = " ".join(f"{error or type(error).__name__}".split())
+                self.stale = _said(error)
                 self.num_failed += 1
                 self._num_failed_now += 1
                 _LOG.warning("snapshot %d stays: %s", self.snapshot_id, self.stale)
@@ -155,3 +156,9 @@ class Current:
             is_last = held.is_replaced and held.num_leases == 0
         if is_last:
             held.index.close()
+
+
+def _said(error: Exception) -> str:
+    """In one line; what wasn't raised for people begins with its kind."""
+    said = " ".join(str(error).split())
+    return said if isinstance(error, ForRayError) else f"{type(error).__name__}: {said}".removesuffix(": ")

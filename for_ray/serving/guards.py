@@ -11,6 +11,7 @@ import hashlib
 import hmac
 import ipaddress
 import logging
+import re
 import threading
 import time
 from collections import OrderedDict
@@ -50,6 +51,8 @@ SAFE_HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Cross-Origin-Resource-Policy": "same-origin",
 }
+
+_HOST = re.compile(r"(?:\[(?P<address>[0-9a-f:.]+)\]|(?P<name>[^\[\]:/@]+))(?::[0-9]+)?")
 
 _PICTURES = ("/thumbnails/", "/images/")
 _PAGE = "/page/"
@@ -170,7 +173,7 @@ class Rates:
         with self._lock:
             level, seen = self._levels.pop(address, (self._most, now))
             level = min(level + (now - seen) * self._per_second, self._most)
-            is_let_through = level >= cost
+            is_let_through = level >= cost - 1e-9  # ten tenths are one
             self._levels[address] = (level - cost if is_let_through else level, now)
             while len(self._levels) > ADDRESSES_KEPT:
                 self._levels.popitem(last=False)
@@ -262,12 +265,9 @@ def _cookie(headers: HeaderMap) -> str:
 
 
 def _name_of(host: str) -> str:
-    """A Host without its port, in small letters: `[::1]:80` and `::1` are `::1`."""
-    host = host.strip().lower()
-    if host.startswith("["):
-        return host[1:].partition("]")[0]
-    name, _, port = host.rpartition(":")
-    return (name if port.isdigit() else host).rstrip(".")
+    """A Host without its port, in small letters; empty where it is none."""
+    parts = _HOST.fullmatch(host.strip().lower())
+    return (parts["address"] or parts["name"] or "").rstrip(".") if parts else ""
 
 
 def _media_type(headers: HeaderMap) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -18,9 +18,10 @@ class Metrics:
 
     Args:
         current: Whose swaps are told.
+        num_waiting: Questions that wait for their turn.
     """
 
-    def __init__(self, current: Current) -> None:
+    def __init__(self, current: Current, num_waiting: Callable[[], int]) -> None:
         self._registry = CollectorRegistry()
         self._requests = Counter("for_ray_requests", "Requests", ["route", "status"], registry=self._registry)
         self._seconds = Histogram(
@@ -35,6 +36,7 @@ class Metrics:
         )
         for name, help_, value in (
             ("for_ray_snapshot_id", "The snapshot that questions go to", lambda: current.snapshot_id),
+            ("for_ray_questions_waiting", "Questions that wait for their turn", num_waiting),
             ("for_ray_swaps", "Snapshots that took another's place", lambda: current.num_swaps),
             ("for_ray_failed_refreshes", "Refreshes that failed", lambda: current.num_failed),
         ):

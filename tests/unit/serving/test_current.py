@@ -1,0 +1,261 @@
+"""Snapshots are swapped between two questions: none fails, none is mixed, and the old one's memory goes."""
+
+import gc
+import threading
+import weakref
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from for_ray.errors import DataError, StorageError
+from for_ray.index import snapshots
+from for_ray.model.bundle import Bundle, open_bundle
+from for_ray.retrieval import OpenIndex, Question, open_index
+from for_ray.serving.current import Current
+from for_ray.serving.service import Limits, Service
+from tests.planted import Planted, PlantedIndex
+from tests.unit.serving.conftest import browser, current_of
+
+SWAPS = 20
+
+
+def units(count: int, seed: int) -> NDArray[np.float32]:
+    drawn = np.random.default_rng(seed).normal(size=(count, 16))
+    return np.asarray(drawn / np.linalg.norm(drawn, axis=1, keepdims=True), np.float32)
+
+
+def grow(planted: PlantedIndex, name: str, *, deleted: tuple[int, ...] = ()) -> int:
+    """Publish two more images with a name, without the deleted; the snapshot's id."""
+    vectors = units(4, len(planted.segments))
+    planted.add([Planted(f"{name}/0", vectors[:2]), Planted(f"{name}/1", vectors[2:])], deleted=deleted)
+    return planted.publish(nprobe=2, deleted=deleted).snapshot_id
+
+
+def roll_back(planted: PlantedIndex, snapshot_id: int) -> int:
+    old = snapshots.by_id(planted.layout, snapshot_id)
+    return snapshots.publish(planted.layout, old.model_copy(update={"restores": snapshot_id})).snapshot_id
+
+
+def mapped(folder: Path) -> set[str]:
+    """Files below a folder that this process has mapped."""
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    return {line.split(None, 5)[5] for line in lines if str(folder) in line}
+
+
+@pytest.fixture
+def planted(planted_index: PlantedIndex) -> PlantedIndex:
+    """With one snapshot."""
+    grow(planted_index, "first")
+    return planted_index
+
+
+@pytest.fixture
+def current(planted: PlantedIndex) -> Iterator[Current]:
+    opened = current_of(planted)
+    yield opened
+    opened.close()
+
+
+def test_swaps_under_load_fail_and_mix_nothing(planted: PlantedIndex, current: Current) -> None:
+    from for_ray.serving.app import make_app
+
+    service = Service(
+        "x", current, lambda: snapshots.list_snapshots(planted.layout), Limits(requests_per_second=0)
+    )
+    holds = {1: {"first/0", "first/1"}}
+    answers: list[tuple[int, frozenset[str]]] = []
+    done = threading.Event()
+
+    def ask() -> int:
+        num_asked = 0
+        while not done.is_set() or not num_asked:
+            response = client.post("/search", json={"text": "a dog", "k": 100})
+            assert response.status_code == 200, response.text
+            answer = response.json()
+            uris = frozenset(hit["uri"] for hit in answer["hits"])
+            assert len(uris) == len(answer["hits"])
+            answers.append((answer["snapshot_id"], uris))
+            num_asked += 1
+        return num_asked
+
+    with browser(make_app(service)) as client, ThreadPoolExecutor(4) as clients:
+        asking = [clients.submit(ask) for _ in range(4)]
+        try:
+            for turn in range(SWAPS):
+                if turn % 4 == 3:  # back to what was served two swaps ago
+                    back = max(holds) - 2
+                    holds[roll_back(planted, back)] = holds[back]
+                else:
+                    snapshot_id = grow(planted, f"turn-{turn}")
+                    holds[snapshot_id] = set(all_uris(planted, snapshot_id))
+                seen = len(answers)
+                assert current.refresh()
+                while len(answers) < seen + 5:  # each snapshot is asked
+                    assert not any(each.done() for each in asking), [each.result() for each in asking]
+        finally:
+            done.set()
+        assert min(each.result() for each in asking) >= 1
+    assert current.num_swaps == SWAPS
+    assert current.num_failed == 0
+    assert len({snapshot_id for snapshot_id, _ in answers}) >= SWAPS
+    wrong = [(snapshot_id, uris) for snapshot_id, uris in answers if uris != holds[snapshot_id]]
+    assert wrong == []
+
+
+def all_uris(planted: PlantedIndex, snapshot_id: int) -> list[str]:
+    """What a snapshot holds, by its table alone."""
+    from for_ray.index import table
+
+    version = snapshots.by_id(planted.layout, snapshot_id).images_version
+    return list(table.require_table(planted.images_uri, version=version).to_table(["uri"])["uri"].to_pylist())
+
+
+def test_a_question_ends_on_the_snapshot_that_it_began_with(planted: PlantedIndex, current: Current) -> None:
+    with current.lease() as old:
+        grow(planted, "second")
+        assert current.refresh()
+        assert current.snapshot_id == 2
+        answer = old.ask(Question("a dog", k=10))
+        assert {hit.uri for hit in answer.hits} == {"first/0", "first/1"}
+        with current.lease() as new:
+            assert len(new.ask(Question("a dog", k=10)).hits) == 4
+        assert old.image(0) is not None
+    with pytest.raises(ValueError, match="was closed"):
+        old.ask(Question("a dog"))
+
+
+def test_the_old_snapshot_gives_its_memory_back(planted: PlantedIndex, current: Current) -> None:
+    folder = Path(planted.uri)
+    with current.lease() as index:
+        index.ask(Question("a dog NOT a cat"))
+        old = weakref.ref(index)
+        old_names = index.texts_for(index.bundle)
+        del index
+    assert any(path.endswith("segment-0.faiss") for path in mapped(folder))
+    # All is built anew, as an index of another codec would be: no file of the old snapshot is in the new one.
+    planted.segments.clear()
+    grow(planted, "second")
+    assert current.refresh()
+    gc.collect()
+    assert old() is None
+    assert {path.rsplit("/", 1)[-1] for path in mapped(folder)} == {"segment-1.faiss"}
+    with current.lease() as index:
+        assert index.texts_for(index.bundle) is old_names  # the encoder and its names go on
+    current.close()
+    assert mapped(folder) == set()
+
+
+def test_nothing_new_is_no_swap(current: Current) -> None:
+    with current.lease() as index:
+        assert not current.refresh()
+        with current.lease() as again:
+            assert again is index
+    assert current.num_swaps == 0
+
+
+@pytest.mark.parametrize("broken", ["segment", "encoder", "table"])
+def test_a_broken_snapshot_leaves_the_old_one(
+    planted: PlantedIndex, current: Current, broken: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    if broken == "encoder":
+        planted.publish(fingerprint="0123456789abcdef", nprobe=2)
+    else:
+        grow(planted, "second")
+    if broken == "segment":
+        planted.segment_path("segment-1.faiss").unlink()
+    if broken == "table":
+        version = snapshots.latest(planted.layout).images_version
+        name = f"{(1 << 64) - 1 - version}.manifest"
+        (Path(planted.images_uri) / "_versions" / name).unlink()
+    for count in (1, 2):
+        assert not current.refresh()
+        assert current.num_failed == count
+    assert current.stale
+    assert "\n" not in current.stale
+    assert [record.getMessage() for record in caplog.records] == [f"snapshot 1 stays: {current.stale}"] * 2
+    with current.lease() as index:
+        assert len(index.ask(Question("a dog", k=10)).hits) == 2
+    roll_back(planted, 1)
+    assert current.refresh()
+    assert current.stale is None
+    assert current.snapshot_id == 3
+
+
+def test_whatever_a_refresh_raises_the_old_snapshot_stays(planted: PlantedIndex) -> None:
+    raised: list[Exception] = [
+        StorageError("s3://bucket is away:\n  check the network"), MemoryError(), KeyError("x"),
+    ]  # fmt: skip
+    told = ["s3://bucket is away: check the network", "MemoryError", "KeyError: 'x'"]
+
+    def latest_id() -> int:
+        raise raised[0]
+
+    current = Current(lambda _, beside: open_index(planted.uri, beside=beside), latest_id, refresh_seconds=1)
+    while raised:
+        assert not current.refresh()
+        assert current.stale == told[len(told) - len(raised)]
+        raised.pop(0)
+    current.close()
+
+
+def test_what_can_not_be_warmed_is_closed(planted: PlantedIndex, monkeypatch: pytest.MonkeyPatch) -> None:
+    closed = []
+    monkeypatch.setattr(OpenIndex, "close", lambda self: closed.append(self.snapshot.snapshot_id))
+
+    def cold(self: OpenIndex) -> None:
+        raise DataError("a file is missing: restore it")
+
+    monkeypatch.setattr(OpenIndex, "warm", cold)
+    with pytest.raises(DataError, match="a file is missing"):
+        current_of(planted)
+    assert closed == [1]
+
+
+def test_the_thread_refreshes_and_ends(planted: PlantedIndex) -> None:
+    swapped = threading.Event()
+
+    def open_snapshot(snapshot_id: int | None, beside: OpenIndex | None) -> OpenIndex:
+        if beside is not None:
+            swapped.set()
+        return open_index(planted.uri, snapshot_id=snapshot_id, beside=beside)
+
+    current = Current(
+        open_snapshot, lambda: snapshots.latest(planted.layout).snapshot_id, refresh_seconds=0.01
+    )
+    current.start()
+    grow(planted, "second")
+    assert swapped.wait(20)
+    current.stop()  # after the swap that runs
+    assert current.snapshot_id == 2
+    assert not any(thread.name == "refresh" for thread in threading.enumerate())
+    current.close()
+
+
+def test_another_encoder_is_loaded_anew(planted: PlantedIndex, current: Current, tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    other: Bundle = open_bundle(planted.bundle.name, head="cluster", num_slots=3, allow_untrained=True)
+    with current.lease() as index:
+        old = index.texts_for(index.bundle)
+        assert old is not None
+        assert index.texts_for(other) is None
+    other.save(planted.layout.bundle_uri(other.fingerprint))
+    grown = replace(planted, bundle=other, segments=[], counts=[], codec_path=None, end_image_id=0)
+    grow(grown, "other")
+    assert current.refresh()
+    with current.lease() as index:
+        assert index.texts_for(other) is not old
+        assert {hit.uri for hit in index.ask(Question("a dog")).hits} == {"other/0", "other/1"}
+
+
+def test_an_index_without_images_is_served(planted_index: PlantedIndex) -> None:
+    planted_index.append([])
+    planted_index.publish()
+    current = current_of(planted_index)
+    with current.lease() as index:
+        assert index.ask(Question("a dog")).reason == "snapshot 1 of the index holds no images"
+    current.close()
