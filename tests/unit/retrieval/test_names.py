@@ -1,0 +1,81 @@
+"""Vectors of names: each is embedded once, by itself, and the last used ones are kept."""
+
+import threading
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from for_ray.model.bundle import Bundle
+from for_ray.model.encoder import Encoder, load_encoder
+from for_ray.retrieval.names import NameVectors
+
+
+class Tower:
+    """Stands for a text tower; remembers what it was asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[list[str]] = []
+
+    def embed_text(self, names: Sequence[str]) -> NDArray[np.float32]:
+        self.asked.append(list(names))
+        return np.array([[len(name), 1.0] for name in names], np.float32)
+
+
+def vectors_of(tower: Tower, kept: int) -> NameVectors:
+    return NameVectors(tower, kept=kept)  # type: ignore[arg-type]
+
+
+def test_each_name_is_embedded_once() -> None:
+    tower = Tower()
+    vectors = vectors_of(tower, 10)
+    assert vectors.embed(["abc", "a", "abc"]).tolist() == [[3, 1], [1, 1], [3, 1]]
+    assert vectors.embed(["a", "ab"]).tolist() == [[1, 1], [2, 1]]
+    assert tower.asked == [["abc"], ["a"], ["ab"]]
+
+
+def test_the_last_used_names_are_kept() -> None:
+    tower = Tower()
+    vectors = vectors_of(tower, 2)
+    vectors.embed(["a", "b"])
+    vectors.embed(["a"])
+    vectors.embed(["c"])  # in the place of "b"
+    vectors.embed(["a", "c"])
+    assert len(tower.asked) == 3
+    vectors.embed(["b"])
+    assert len(tower.asked) == 4
+    assert len(vectors) == 2
+
+
+@pytest.fixture(scope="module")
+def encoder(tiny_bundle: Bundle) -> Encoder:
+    return load_encoder(tiny_bundle, device="cpu")
+
+
+def test_vectors_are_the_text_towers(encoder: Encoder) -> None:
+    names = ["a dog", "a cat", "a very long name of a thing"]
+    found = NameVectors(encoder).embed(names)
+    np.testing.assert_allclose(found, encoder.embed_text(names), atol=1e-6)
+    # To the last bit the same, whatever a name is asked with.
+    np.testing.assert_array_equal(NameVectors(encoder).embed(names[::-1])[::-1], found)
+    np.testing.assert_array_equal(NameVectors(encoder).embed(names[1:2]), found[1:2])
+
+
+def test_threads_may_share_it(encoder: Encoder) -> None:
+    vectors = NameVectors(encoder, kept=3)
+    names = [f"thing {number}" for number in range(8)]
+    expected = {name: encoder.embed_text([name])[0] for name in names}
+    wrong: list[str] = []
+
+    def ask(seed: int) -> None:
+        drawn = [names[number] for number in np.random.default_rng(seed).integers(0, 8, 40)]
+        wrong.extend(name for name in drawn if not np.array_equal(vectors.embed([name])[0], expected[name]))
+
+    threads = [threading.Thread(target=ask, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+    assert len(vectors) == 3
