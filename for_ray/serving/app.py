@@ -346,6 +346,9 @@ def _refuse_request(request: Request, error: Exception) -> Response:  # noqa: AR
     if not isinstance(error, RequestValidationError):
         raise error
     first = error.errors()[0]
+    if first["type"] == "json_invalid":
+        said = f"{first['ctx']['error']}, at letter {first['loc'][-1] + 1}"
+        return Refusal(400, "request", f"the body is no JSON: {said}").response()
     where = ".".join(str(part) for part in first["loc"][1:])
     what = first["msg"].removeprefix("Value error, ")
     return Refusal(400, "request", f"{where or 'the body'}: {what}").response()

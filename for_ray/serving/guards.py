@@ -40,6 +40,9 @@ BURST_SECONDS = 4.0
 PICTURE_COST = 0.1
 """Of a thumbnail or an image, where a question costs 1: a page of hits has a hundred of them."""
 
+BODIES_HELD = 16
+"""Bodies of the largest size that may be held in memory at once; smaller ones accordingly more."""
+
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -101,7 +104,7 @@ class Headers:
             if not statuses:
                 await refusal.response()(scope, receive, send_safely)
         except Exception:  # noqa: BLE001 - it is logged and answered; the next request is another
-            _LOG.exception("%s %r failed", scope["method"], scope["path"])
+            _LOG.exception("%s %.200r failed", scope["method"], scope["path"])
             if not statuses:
                 internal = Refusal(500, "internal", "the service failed: its log says why")
                 await internal.response()(scope, receive, send_safely)
@@ -209,37 +212,49 @@ class Bodies:
 
     Args:
         app: What is guarded.
-        max_bytes: Of one body.
+        max_bytes: Of one body; all that are held at once have `BODIES_HELD` times as many.
     """
 
     def __init__(self, app: ASGIApp, max_bytes: int) -> None:
         self._app = app
         self._max_bytes = max_bytes
+        self._held_bytes = 0  # of all requests; one event loop runs them
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the request on, or refuse it."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        headers = HeaderMap(scope=scope)
-        if scope["method"] == "POST" and _media_type(headers) != "application/json":
-            # A page of another site can send forms and plain text without asking, and JSON it can't.
-            raise Refusal(415, "request", "send the body as content-type application/json")
-        declared = headers.get("content-length", "0")
-        if not (declared.isascii() and declared.isdigit()) or int(declared[:20]) > self._max_bytes:
-            raise self._too_large()
+        self._check_head(scope["method"], HeaderMap(scope=scope))
         num_bytes = 0
 
         async def receive_counted() -> Message:
             nonlocal num_bytes
             message = await receive()
             if message["type"] == "http.request":
-                num_bytes += len(message.get("body", b""))
-                if num_bytes > self._max_bytes:
-                    raise self._too_large()
+                size = len(message.get("body", b""))
+                num_bytes, self._held_bytes = num_bytes + size, self._held_bytes + size
+                self._check_size(num_bytes)
             return message
 
-        await self._app(scope, receive_counted, send)
+        try:
+            await self._app(scope, receive_counted, send)
+        finally:
+            self._held_bytes -= num_bytes
+
+    def _check_head(self, method: str, headers: HeaderMap) -> None:
+        if method == "POST" and _media_type(headers) != "application/json":
+            # A page of another site can send forms and plain text without asking, and JSON it can't.
+            raise Refusal(415, "request", "send the body as content-type application/json")
+        declared = headers.get("content-length", "0")
+        if not (declared.isascii() and declared.isdigit()) or int(declared[:20]) > self._max_bytes:
+            raise self._too_large()
+
+    def _check_size(self, num_bytes: int) -> None:
+        if num_bytes > self._max_bytes:
+            raise self._too_large()
+        if self._held_bytes > BODIES_HELD * self._max_bytes:
+            raise Refusal(503, "busy", "too many pictures come in: ask again in a moment", retry_after=1)
 
     def _too_large(self) -> Refusal:
         most = f"{self._max_bytes / 1e6:g} MB"

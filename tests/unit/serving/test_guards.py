@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+import anyio
 import pytest
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
@@ -51,8 +52,6 @@ def test_a_host_must_be_there_once() -> None:
 
 def status_of(app: ASGIApp, *, headers: list[tuple[bytes, bytes]], chunks: tuple[bytes, ...] = ()) -> int:
     """The status of a POST with these very headers and parts of a body."""
-    import anyio
-
     parts: Iterator[bytes] = iter(chunks)
     statuses: list[int] = []
     left = [len(chunks)]
@@ -108,13 +107,43 @@ def test_a_body_that_is_too_long_is_not_read_on() -> None:
     async def receive() -> Message:
         return {"type": "http.request", "body": next(parts), "more_body": True}
 
-    import anyio
-
     async def send(message: Message) -> None: ...
 
     scope = {"type": "http", "method": "POST", "path": "/", "headers": [JSON], "query_string": b""}
     anyio.run(app, scope, receive, send)
     assert len(read) == 3
+
+
+def test_bodies_that_are_held_have_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guards, "BODIES_HELD", 2)
+    inner: list[int] = []
+
+    async def nested(scope: Scope, receive: Receive, send: Send) -> None:
+        """Holds its body while another request comes in, as often as there is room."""
+        body = await Request(scope, receive).body()
+        if len(inner) < 4:
+            inner.append(await answer_of(app, b"x" * len(body)))
+        await PlainTextResponse("held")(scope, receive, send)
+
+    app = guards.Headers(guards.Bodies(nested, 10), lambda *_: None)
+    statuses = [anyio.run(answer_of, app, b"x" * 10) for _ in range(2)]
+    assert inner == [503, 200] * 2  # the third does not fit; all is given back when they end
+    assert statuses == [200, 200]
+
+
+async def answer_of(app: ASGIApp, body: bytes) -> int:
+    statuses: list[int] = []
+
+    async def receive() -> Message:
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    async def send(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            statuses.append(message["status"])
+
+    scope = {"type": "http", "method": "POST", "path": "/", "headers": [JSON], "query_string": b""}
+    await app(scope, receive, send)
+    return statuses[0]
 
 
 @pytest.mark.parametrize(
