@@ -1,10 +1,12 @@
 // What is said of an answer: how many images, the colours of its names, or why there is nothing to see.
 
-import { announce, byId, colourOf, el, icon } from "./dom.js";
+import { announce, byId, colourOf, el, icon, sentence } from "./dom.js";
 import { action, clearState, showState } from "./notices.js";
 import { FILTERS } from "./state.js";
 
 const counted = (count) => (count === 1 ? "1 image" : `${count.toLocaleString("en")} images`);
+
+const lasting = (seconds) => (seconds < 1 ? `${Math.max(1, Math.round(seconds * 1000))} ms` : `${seconds.toFixed(1)} s`);
 
 /** The line above the results. */
 function lineOf(results, about) {
@@ -13,7 +15,7 @@ function lineOf(results, about) {
   const threshold = results.min === null ? "" : `, score ${results.min.toFixed(3)} or more`;
   const of = about ? ` of ${about.num_images.toLocaleString("en")}` : "";
   const seconds = results.answer.seconds?.total;
-  return `${images}${of}${threshold}${seconds ? ` · ${Math.max(1, Math.round(seconds * 1000))} ms` : ""}`;
+  return `${images}${of}${threshold}${seconds ? ` · ${lasting(seconds)}` : ""}`;
 }
 
 /** Say what there is, once an answer came in, grew, or lost images to the threshold. */
@@ -31,10 +33,10 @@ export function describe(results, about, state) {
 
 function describeEnd(results, state) {
   const showAll = action("Show all", () => state.set({ min: null }), { isPrimary: true });
-  if (!results.hits.length) showState("Nothing found", results.reason ?? "", ...cureOf(state));
+  if (!results.hits.length) showState("Nothing found", sentence(results.reason ?? ""), ...cureOf(state));
   else if (!results.shown.length) showState(`No image scores ${results.min.toFixed(3)} or more`, `The best of them has ${results.hits[0].score.toFixed(3)}.`, showAll);
   else if (results.isDone && results.shown.length < results.hits.length) showState("", `The others score less than ${results.min.toFixed(3)}.`, action("Show all", () => state.set({ min: null })));
-  else if (results.isDone) showState("", results.reason ?? "These are all that one question ranks.");
+  else if (results.isDone) showState("", sentence(results.reason ?? "these are all that one question ranks"));
   else clearState();
 }
 
@@ -59,6 +61,6 @@ export function showStart(about, { ask, upload }) {
 export function showFailure(error, retry) {
   byId("bar").hidden = true;
   const isQuestion = error.code === "question";
-  showState(isQuestion ? "The question doesn't parse" : "No answer", error.message.split("\n")[0], ...(isQuestion ? [] : [action("Try again", retry, { isPrimary: true })]));
-  announce(error.message);
+  if (isQuestion) showState("The question doesn't parse", "What is wrong stands below it. Names go with AND, OR, NOT and parentheses; the key ? shows how.");
+  else showState("No answer", sentence(error.message), action("Try again", retry, { isPrimary: true }));
 }

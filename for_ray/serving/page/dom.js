@@ -52,6 +52,12 @@ export function isWriting(target) {
   return target instanceof Element && target.matches("input:not([type=checkbox]):not([type=radio]), textarea, select");
 }
 
+/** A line of the service as a sentence of the page. */
+export function sentence(line) {
+  const text = line.split("\n")[0].trim();
+  return text && text[0].toUpperCase() + text.slice(1) + (/[.!?…]$/.test(text) ? "" : ".");
+}
+
 /** The last part of a uri. */
 export const fileName = (uri) => uri.replace(/\/+$/, "").split("/").pop() || uri;
 

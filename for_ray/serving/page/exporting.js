@@ -1,7 +1,7 @@
 // Export: what, in which format; the file is downloaded.
 
 import { exportHits } from "./api.js";
-import { byId, el } from "./dom.js";
+import { byId, el, sentence } from "./dom.js";
 
 const MOST = 10_000; // hits of one question
 const MOST_FOLDED = 1_024;
@@ -36,7 +36,7 @@ export class Exporting extends EventTarget {
     selected.disabled = !size;
     this.#form.elements.what.value = size ? "selected" : "best";
     this.#form.elements.count.max = String(this.#most);
-    byId("export-selected-label").textContent = size ? `The ${size.toLocaleString("en")} selected` : "The selected ones (none yet)";
+    byId("export-selected-label").textContent = size === 1 ? "The selected image" : size ? `The ${size.toLocaleString("en")} selected images` : "The selected ones (none yet)";
     const { min } = this.#results;
     byId("export-threshold").textContent = min === null ? "" : `, score ${min.toFixed(3)} or more`;
     this.#say("");
@@ -71,7 +71,7 @@ export class Exporting extends EventTarget {
       this.#dialog.close();
       this.dispatchEvent(new CustomEvent("exported", { detail: file.name }));
     } catch (error) {
-      this.#say(error.message);
+      this.#say(sentence(error.message));
     } finally {
       button.disabled = false;
     }

@@ -1,6 +1,6 @@
 // What is said instead of results, or above them.
 
-import { byId, el, icon } from "./dom.js";
+import { byId, el, icon, sentence } from "./dom.js";
 
 /** Instead of results: a title, a line, and what can be done. */
 export function showState(title, line = "", ...actions) {
@@ -27,7 +27,7 @@ export function showBanner(kind, text, doText, listener) {
     clearBanner(kind);
     listener();
   }, { isPrimary: true });
-  byId("notices").append(el("div", { class: `banner ${kind}`, role: "status", data: { kind } }, el("p", {}, text), act, close));
+  byId("notices").append(el("div", { class: `banner ${kind}`, role: "status", data: { kind } }, el("p", {}, sentence(text)), act, close));
 }
 
 export function clearBanner(kind) {

@@ -1,6 +1,6 @@
 // The question box: examples and recent questions below it, and a caret under the spot that doesn't parse.
 
-import { byId, el, icon, kept } from "./dom.js";
+import { byId, el, icon, kept, sentence } from "./dom.js";
 
 const RECENT = "for_ray.recent";
 const MOST_RECENT = 30;
@@ -63,7 +63,7 @@ export class QuestionBox extends EventTarget {
 
   /** What is wrong with the question, and at which letter (counted as Python does); null for nothing. */
   showProblem(error) {
-    byId("question-error").textContent = error ? error.message.split("\n")[0] : "";
+    byId("question-error").textContent = error ? sentence(error.message) : "";
     this.#input.toggleAttribute("aria-invalid", Boolean(error));
     if (error) this.#input.setAttribute("aria-invalid", "true");
     const hasPlace = error !== null && error.position !== null;

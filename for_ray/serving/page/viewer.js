@@ -1,7 +1,7 @@
 // One image, large, with all its objects to choose from.
 
 import { imageUrl, objectsOf, thumbnailUrl } from "./api.js";
-import { byId, colourOf, el, fileName, isWriting, placeBox } from "./dom.js";
+import { byId, colourOf, el, fileName, isWriting, placeBox, sentence } from "./dom.js";
 import { RegionDrawing } from "./region.js";
 
 const LARGEST_THUMBNAIL = 1024;
@@ -54,7 +54,7 @@ export class Viewer extends EventTarget {
     const isSame = this.imageId === imageId && this.isOpen;
     [this.imageId, this.slot, this.#hit, this.#names] = [imageId, slot ?? hit?.slot ?? null, hit, names];
     this.markSelected(isSelected);
-    if (isSame) return this.#markSlot();
+    if (isSame) return this.#markSlot({ isScrolled: true });
     this.#abort.abort();
     this.#abort = new AbortController();
     this.#drawOn(false);
@@ -75,6 +75,7 @@ export class Viewer extends EventTarget {
     this.#dialog.querySelector(".facts").replaceChildren();
     this.#dialog.querySelector(".gone").hidden = true;
     this.#figure.hidden = false;
+    this.#dialog.querySelector(".side").scrollTop = 0;
     this.#setRatio(hit?.width > 0 ? hit.width / hit.height : 4 / 3);
     this.#image.src = imageUrl(this.imageId);
     this.#dialog.querySelector(".original").href = imageUrl(this.imageId);
@@ -108,7 +109,7 @@ export class Viewer extends EventTarget {
     try {
       this.#known = await objectsOf(this.imageId, signal);
     } catch (error) {
-      if (!signal.aborted) this.#fail(error.message);
+      if (!signal.aborted) this.#fail(sentence(error.message));
       return;
     }
     if (signal.aborted) return;
@@ -147,11 +148,11 @@ export class Viewer extends EventTarget {
     this.#dialog.querySelector(".facts").replaceChildren(...rows.map(([name, value]) => el("div", {}, el("dt", {}, name), el("dd", {}, shown(value)))));
   }
 
-  #markSlot() {
+  #markSlot({ isScrolled = false } = {}) {
     for (const button of this.#dialog.querySelectorAll("[data-slot]")) {
       const is = Number(button.dataset.slot) === this.slot;
       button.setAttribute("aria-pressed", String(is));
-      if (is && button.matches(".slot")) button.scrollIntoView({ block: "nearest" });
+      if (is && isScrolled && button.matches(".slot")) button.scrollIntoView({ block: "nearest" });
     }
   }
 

@@ -1,0 +1,211 @@
+"""Selecting, exporting, keys, dialogs and the phone: what people do with an answer."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+def _download(tab: Any, act: Any) -> tuple[str, str]:
+    """Name and text of the file that an act brings."""
+    with tab.page.expect_download() as caught:
+        act()
+    return caught.value.suggested_filename, Path(caught.value.path()).read_text()
+
+
+def _export(tab: Any, *, kind: str) -> tuple[str, str]:
+    tab.page.check(f"#export [value={kind}]")
+    return _download(tab, lambda: tab.page.click("#export [type=submit]"))
+
+
+def _focused(tab: Any) -> int | None:
+    """The image id of the tile that has the focus."""
+    found = tab.page.evaluate("document.activeElement.dataset.id ?? null")
+    return None if found is None else int(found)
+
+
+def test_selected_images_as_coco(tab: Any, served: Any) -> None:
+    tab.open("?q=a+keyboard+AND+a+ghost")
+    ids = tab.ids()
+    ticks = tab.page.locator(".hit .tick")
+    ticks.nth(1).click()
+    ticks.nth(3).click(modifiers=["Shift"])
+    ticks.nth(2).click()
+    assert tab.page.inner_text("#selected-count") == "2 selected"
+    tab.page.click("#export-selected")
+    name, text = _export(tab, kind="coco")
+    assert name.endswith(".json")
+    coco = json.loads(text)
+    assert [each["name"] for each in coco["categories"]] == ["a keyboard", "a ghost"]
+    assert len(coco["images"]) == 2
+    assert len(coco["annotations"]) == 4
+    boxes = _boxes_of_tile(tab, ids[1])
+    image = next(each for each in coco["images"] if each["file_name"] == _uri(tab, served, ids[1]))
+    drawn = {
+        (each["category_id"], *(round(side) for side in each["bbox"]))
+        for each in coco["annotations"]
+        if each["image_id"] == image["id"]
+    }
+    categories = {each["name"]: each["id"] for each in coco["categories"]}
+    width, height = image["width"], image["height"]
+    seen = {
+        (
+            categories[n],
+            round(x0 * width),
+            round(y0 * height),
+            round((x1 - x0) * width),
+            round((y1 - y0) * height),
+        )
+        for n, (x0, y0, x1, y1) in boxes
+    }
+    for one, other in zip(sorted(drawn), sorted(seen), strict=True):
+        assert one == pytest.approx(other, abs=2)
+
+
+def _boxes_of_tile(tab: Any, image_id: int) -> list[tuple[str, list[float]]]:
+    return tab.page.evaluate(
+        """id => [...document.querySelectorAll(`.tile[data-id='${id}'] .box`)].map(each => {
+            const {left, top, width, height} = each.style, cut = text => parseFloat(text) / 100;
+            return [each.dataset.name, [cut(left), cut(top), cut(left) + cut(width), cut(top) + cut(height)]]; })""",
+        image_id,
+    )
+
+
+def _uri(tab: Any, served: Any, image_id: int) -> str:
+    return tab.page.request.get(f"{served.url}images/{image_id}/objects").json()["uri"]
+
+
+def test_best_above_the_threshold_as_csv_and_lines(tab: Any) -> None:
+    tab.open("?q=a+keyboard&min=0.74")
+    shown = tab.tiles.count()
+    assert 0 < shown < 60
+    tab.page.click("#export-open")
+    assert tab.page.is_disabled("#export [value=selected]")
+    assert "score 0.740 or more" in tab.page.inner_text("#export")
+    _, text = _export(tab, kind="csv")
+    rows = list(csv.DictReader(text.splitlines()))
+    assert len(rows) == shown
+    assert all(float(row["score"]) >= 0.74 for row in rows)
+    tab.page.click("#export-open")
+    tab.page.fill("#export [name=count]", "2")
+    _, text = _export(tab, kind="jsonl")
+    lines = [json.loads(line) for line in text.splitlines()]
+    assert [line["image_id"] for line in lines] == tab.ids()[:2]
+
+
+def test_failed_export_says_so_in_the_dialog(tab: Any) -> None:
+    tab.open("?q=a+keyboard")
+    tab.page.route(
+        "**/export",
+        lambda route: route.fulfill(status=503, json={"error": "busy: ask again", "code": "busy"}),
+    )
+    tab.page.click("#export-open")
+    tab.page.click("#export [type=submit]")
+    tab.page.locator("#export .problem:text('Busy: ask again.')").wait_for()
+    assert tab.page.is_enabled("#export [type=submit]")
+
+
+def test_all_by_keyboard(tab: Any) -> None:
+    """From the question to a similar object and an export, without a pointer."""
+    tab.open()
+    tab.page.keyboard.press("Escape")
+    tab.page.keyboard.press("/")
+    tab.page.keyboard.type("a keyboard")
+    tab.page.keyboard.press("Enter")
+    tab.page.locator(".hit").first.wait_for()
+    tab.settle()
+    tab.page.keyboard.press("Escape")
+    ids = tab.ids()
+    assert _focused(tab) == ids[0]
+    tab.page.keyboard.press("ArrowRight")
+    assert _focused(tab) == ids[1]
+    tab.page.keyboard.press("ArrowDown")
+    below = ids.index(_focused(tab))
+    tops = [tab.tiles.nth(rank).bounding_box()["y"] for rank in (1, below)]
+    assert tops[1] > tops[0]
+    tab.page.keyboard.press("ArrowUp")
+    assert _focused(tab) == ids[1]
+    tab.page.keyboard.press(" ")
+    tab.page.keyboard.press("ArrowRight")
+    tab.page.keyboard.press("ArrowRight")
+    tab.page.keyboard.press("Shift+ ")
+    assert tab.page.inner_text("#selected-count") == "3 selected"
+    tab.page.keyboard.press("Control+a")
+    assert tab.page.inner_text("#selected-count") == "121 selected"  # those that one would scroll to as well
+    tab.page.keyboard.press("Escape")
+    assert tab.page.locator("#selection").is_hidden()
+    tab.page.keyboard.press("Enter")
+    tab.page.locator(".slot").first.wait_for()
+    assert tab.page.locator("#viewer[open]").count() == 1
+    tab.page.keyboard.press("ArrowRight")
+    tab.wait(f"location.search.includes('image={ids[4]}&')")
+    tab.page.locator(".slot").first.wait_for()
+    before = tab.page.get_attribute(".slot[aria-pressed=true]", "data-slot")
+    tab.page.keyboard.press("ArrowUp" if int(before) else "ArrowDown")
+    after = tab.page.get_attribute(".slot[aria-pressed=true]", "data-slot")
+    assert after != before
+    with tab.page.expect_request(lambda request: request.url.endswith("/search")) as asked:
+        tab.page.keyboard.press("m")
+    assert json.loads(asked.value.post_data)["like"] == f"{ids[4]}:{after}"
+    tab.settle()
+    tab.page.keyboard.press("e")
+    assert tab.page.locator("#export[open]").count() == 1
+    _, text = _download(tab, lambda: tab.page.keyboard.press("Enter"))
+    assert text.count("\n") > 60
+
+
+def test_closing_an_image_gives_its_tile_the_focus(tab: Any) -> None:
+    tab.open("?q=a+keyboard")
+    tab.tiles.nth(2).locator(".tile").click()
+    tab.page.locator(".slot").first.wait_for()
+    tab.page.keyboard.press("ArrowRight")
+    tab.page.keyboard.press("Escape")
+    tab.wait("!location.search.includes('image')")
+    assert _focused(tab) == tab.ids()[3]
+    tab.tiles.nth(2).locator(".tile").click()
+    tab.page.locator("#viewer[open]").wait_for()
+    tab.page.go_back()
+    tab.wait("!document.querySelector('#viewer').open")
+
+
+@pytest.mark.parametrize(("key", "dialog"), [("?", "#help"), ("e", "#export"), ("Enter", "#viewer")])
+def test_dialogs_keep_the_focus_and_close(tab: Any, key: str, dialog: str) -> None:
+    tab.open("?q=a+keyboard")
+    tab.page.press("#question", "Escape")
+    tab.page.keyboard.press(key)
+    tab.page.locator(f"{dialog}[open]").wait_for()
+    inside = f"document.activeElement === document.body || !!document.activeElement.closest('{dialog}')"
+    for _ in range(12):
+        tab.page.keyboard.press("Tab")
+        assert tab.page.evaluate(inside)
+    tab.page.keyboard.press("Escape")
+    assert tab.page.locator(f"{dialog}[open]").count() == 0
+
+
+def test_phone(open_tab: Any) -> None:
+    tab = open_tab(viewport={"width": 390, "height": 844}, is_mobile=True, has_touch=True)
+    wide = "document.documentElement.scrollWidth > innerWidth"
+    tab.open()
+    assert tab.page.evaluate(wide) is False
+    tab.open(
+        "?q=a+keyboard+AND+a+very+long+name+that+goes+on+and+on&where=width+%3E+0+AND+height+%3E+0&glob=*.jpg"
+    )
+    assert tab.page.evaluate(wide) is False
+    boxes = [tab.tiles.nth(rank).bounding_box() for rank in range(4)]
+    assert all(box["x"] >= 0 and box["x"] + box["width"] <= 390 and box["width"] > 80 for box in boxes)
+    assert tab.page.locator(".hit .caption b").first.is_visible()  # no hovering here
+    tab.page.tap("#filters-toggle")
+    assert tab.page.evaluate(wide) is False
+    tab.page.tap("#filters-toggle")
+    tab.tiles.first.locator(".tile").tap()
+    tab.page.locator(".slot").first.wait_for()
+    stage = tab.page.locator("#viewer .figure").bounding_box()
+    like = tab.page.locator("[data-do=like]").bounding_box()
+    assert 0 <= stage["x"]
+    assert stage["x"] + stage["width"] <= 390
+    assert like["y"] + like["height"] <= 844
+    assert tab.page.evaluate(wide) is False
