@@ -16,7 +16,7 @@ from for_ray.errors import StageError
 from for_ray.index import table
 from for_ray.schema import WorkTime
 from for_ray.stages.diff import Gap, write_gap
-from for_ray.stages.failures import DEAD_ENCODER, OF_NODES, UNREACHABLE
+from for_ray.stages.failures import DEAD_ENCODER, OF_NODES, RESULTS_LOST, UNREACHABLE
 from for_ray.storage import Lease, Spill, join_uri
 
 # Ray takes seconds to import: a run that finds nothing to do is done before.
@@ -59,14 +59,15 @@ def encode_gap(
 
     Raises:
         StageError: Processes die also where images are decoded apart: images are not the cause. Or an encoder
-            dies at every image, or is twice out of reach before it has stored one.
+            dies at every image, or is out of reach twice running before it has stored one.
     """
     from for_ray.stages.blocks import EncodeCounts
     from for_ray.stages.encode import encode
 
     latest, uri, num_images = images, work_uri, gap.num_to_encode
-    done, work, crash, is_apart = EncodeCounts(), WorkTime(), None, False
+    done, work, is_apart = EncodeCounts(), WorkTime(), False
     num_passes = num_crashes = 0
+    in_vain: str | None = None  # why the last pass ended, if it stored nothing
     while num_crashes < MOST_PASSES:
         encoded = encode(
             latest,
@@ -84,12 +85,12 @@ def encode_gap(
         if encoded.crash is None:
             return encoded._replace(counts=done.plus(encoded.counts), work=work)
         gc.collect()  # Ray Data's error holds actors, which would keep the GPUs from those of the next pass
-        is_idle = not encoded.counts.stored
-        if is_idle and encoded.crash == crash == UNREACHABLE:  # so is, at times, one that dies at every image
-            raise StageError("encode", DEAD_ENCODER)
         crash = encoded.crash
-        is_apart |= crash not in OF_NODES
-        num_crashes += is_idle or crash not in OF_NODES
+        before, in_vain = in_vain, None if encoded.counts.stored else crash
+        if in_vain == before == UNREACHABLE:  # so is, at times, one that dies at every image
+            raise StageError("encode", DEAD_ENCODER)
+        is_apart |= crash not in OF_NODES or in_vain == RESULTS_LOST
+        num_crashes += crash not in OF_NODES or in_vain is not None
         # Images that were gone or replaced are in no table: they are met, and counted, again.
         done = done.plus(encoded.counts)._replace(gone=0, changed=0)
         num_passes += 1

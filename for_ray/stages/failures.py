@@ -12,12 +12,13 @@ TASK_RETRIES = 3
 """A block that kills its process this often again breaks its stage off: without a bound Ray retries it for
 ever."""
 
-UNREACHABLE, NEVER_STARTED = (
+UNREACHABLE, NEVER_STARTED, RESULTS_LOST = (
     "the node of an encoder could not be reached",
     "a node went before its encoder had started",
+    "tasks' results went with their node",
 )
-OF_NODES = (UNREACHABLE, NEVER_STARTED)
-"""Crashes that no image can have caused."""
+OF_NODES = (UNREACHABLE, NEVER_STARTED, RESULTS_LOST)
+"""Crashes that no image can have caused, but for one that takes its whole node with it."""
 
 DEAD_ENCODER = (
     f"the process of an encoder died {TASK_RETRIES + 1} times at the same images; is it out of memory? Lower "
@@ -50,19 +51,22 @@ def crash_of(error: BaseException) -> str | None:
         exceptions.OutOfMemoryError,
         exceptions.NodeDiedError,
         exceptions.LocalRayletDiedError,
-        exceptions.ObjectLostError,
     )
     if isinstance(error, crashes):
         return _cause(error)
+    if isinstance(error, exceptions.ObjectLostError):
+        return RESULTS_LOST
     # Ray asks an actor again at once, and may have done so as often as it does before it sees the node gone.
     if isinstance(error, exceptions.ActorUnavailableError):
         return UNREACHABLE
     # An actor that waited for a node which went before it came; Ray Data raises it in several wrappings.
     if type(error).__module__.startswith("ray.") and _NEVER_RAN in str(error):
         return NEVER_STARTED
-    # A task whose input went with its node, and the actor that could make it again is no more.
     named = _named_error(error) if isinstance(error, exceptions.RayTaskError) else None
-    return _cause(error) if named and named[1] == "ray.exceptions." else None
+    if named is None or named[1] != "ray.exceptions.":
+        return None
+    # A task whose input went with its node, and the actor that could make it again is no more.
+    return RESULTS_LOST if named[2].startswith(("ActorDied", "Object")) else _cause(error)
 
 
 def _cause(error: BaseException) -> str:

@@ -13,7 +13,7 @@ from for_ray.schema import LISTING_SCHEMA, WorkTime, images_schema
 from for_ray.stages import encode as stage
 from for_ray.stages.blocks import EncodeCounts
 from for_ray.stages.diff import write_gap
-from for_ray.stages.failures import DEAD_ENCODER, NEVER_STARTED, UNREACHABLE
+from for_ray.stages.failures import DEAD_ENCODER, NEVER_STARTED, RESULTS_LOST, UNREACHABLE
 from for_ray.storage import Spill
 
 OF_PROCESS = "Worker unexpectedly exits"
@@ -67,7 +67,7 @@ def run(tmp_path, monkeypatch):
 
 
 def test_nodes_that_go_while_work_is_done_may_be_as_many_as_they_like(run):
-    passes = [(2, UNREACHABLE), (1, UNREACHABLE), (2, NEVER_STARTED), (2, UNREACHABLE), (2, NEVER_STARTED)]
+    passes = [(2, UNREACHABLE), (1, RESULTS_LOST), (2, NEVER_STARTED), (2, RESULTS_LOST), (2, RESULTS_LOST)]
     start, made, told = run(*passes, (3, None))
     encoded = start()
     assert encoded.counts == EncodeCounts(stored=NUM_IMAGES)
@@ -79,10 +79,21 @@ def test_nodes_that_go_while_work_is_done_may_be_as_many_as_they_like(run):
 
 
 def test_an_encoder_that_cannot_be_reached_at_its_first_image_twice_is_a_dead_one(run):
-    start, _, _ = run((4, UNREACHABLE), (0, UNREACHABLE))
+    start, _, _ = run((4, UNREACHABLE), (0, UNREACHABLE), (0, UNREACHABLE))
     with pytest.raises(StageError, match="died 4 times at the same images") as caught:
         start()
     assert DEAD_ENCODER in str(caught.value)
+
+
+def test_the_next_node_may_go_before_it_has_stored_an_image(run):
+    start, _, _ = run((4, UNREACHABLE), (0, UNREACHABLE), (3, UNREACHABLE), (0, UNREACHABLE), (5, None))
+    assert start().counts == EncodeCounts(stored=NUM_IMAGES)
+
+
+def test_results_that_are_lost_before_an_image_is_stored_may_be_an_images_doing(run):
+    start, made, _ = run((4, RESULTS_LOST), (0, RESULTS_LOST), (8, None))
+    assert start().counts == EncodeCounts(stored=NUM_IMAGES)
+    assert made.were_apart == [False, False, True]
 
 
 def test_a_process_that_dies_has_images_decoded_apart_and_ends_the_run_the_fourth_time(run):

@@ -22,6 +22,11 @@ ORPHANED = """Traceback (most recent call last):
 ray.exceptions.ActorDiedError: The actor died unexpectedly before finishing this task.
 \tclass_name: MapWorker
 The actor never ran - it was cancelled before it started running."""
+LOST_INPUT = """Traceback (most recent call last):
+ray.exceptions.ObjectReconstructionFailedError: Failed to retrieve object abc.
+The object is gone."""
+OF_A_READER = """Traceback (most recent call last):
+ray.exceptions.OutOfMemoryError: memory ran out on its worker"""
 WRAPPED = f"Failed to process the following data block:\n{NEVER_RAN}"
 RAISED = """Traceback (most recent call last):
   File "blocks.py", line 1, in read_block
@@ -37,11 +42,16 @@ def never_started() -> ActorDiedError:
     ("error", "expected"),
     [
         (WorkerCrashedError(), "The worker died unexpectedly"),
-        (ObjectLostError("ab" * 28, None, "here"), "lost due to node failure"),
+        (ObjectLostError("ab" * 28, None, "here"), "results went with their node"),
         (RayTaskError("write", ORPHANED, ValueError()), "a node went before its encoder had started"),
         (never_started(), "a node went before its encoder had started"),
         (UserCodeException(WRAPPED), "a node went before its encoder had started"),
-        (RayTaskError("write", ORPHANED.replace(NEVER_RAN, "It died."), ValueError()), "It died."),
+        (
+            RayTaskError("write", ORPHANED.replace(NEVER_RAN, "It died."), ValueError()),
+            "results went with their node",
+        ),
+        (RayTaskError("write", LOST_INPUT, ValueError()), "results went with their node"),
+        (RayTaskError("encode", OF_A_READER, ValueError()), "its worker"),
         (RayTaskError("read", RAISED, ValueError()), None),
         (ActorUnavailableError("connection refused", None), "the node of an encoder could not be reached"),
         (ActorDiedError(), None),
