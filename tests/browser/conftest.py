@@ -98,8 +98,8 @@ def book(tmp_path_factory: pytest.TempPathFactory) -> Book:
 
 
 @pytest.fixture(scope="session")
-def served(browser: Any, book: Book, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:  # noqa: ARG001
-    """The service on the book's index; `browser` comes first, so that nothing is encoded for a skipped test."""
+def served(browser: Any, book: Book, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """The service on the book's index; `browser` comes first: nothing is encoded for a skipped test."""
     index = _planted(book, tmp_path_factory.mktemp("index"))
     current = opening.Served(index.uri, refresh_seconds=3600).open().current
     with serving(current) as url:
@@ -114,7 +114,7 @@ def serving(current: Current, *, token: str | None = None) -> Iterator[str]:
     service = Service(
         name="picture book",
         current=current,
-        list_snapshots=lambda: [],
+        list_snapshots=list,
         limits=Limits(requests_per_second=0),
         token=token,
         examples=("a bicycle", "a dog AND an umbrella"),

@@ -1,4 +1,4 @@
-"""What must not happen: foreign requests, markup from data, a page that lies idle; tokens; switched indexes."""
+"""What must not happen: foreign requests, markup from data, silent failures; tokens; switched indexes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Asking in a browser: boxes where the objects are, refining, more like this, thresholds, filters, addresses."""
+"""Asking: boxes where the objects are, refining, more like this, thresholds, filters, addresses."""
 
 from __future__ import annotations
 
