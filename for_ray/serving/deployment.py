@@ -7,6 +7,7 @@ with the load. One that dies, or whose shards are gone for good, is replaced by 
 
 from __future__ import annotations
 
+import asyncio
 import io
 import logging
 import os
@@ -67,6 +68,7 @@ class Replica:
     def __init__(self, served: Served) -> None:
         self._service = served.open()
         self._service.current.start()
+        self._is_open = True
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """The application; Serve calls it once the replica is made."""
@@ -74,13 +76,16 @@ class Replica:
 
         return make_app(self._service)
 
-    def check_health(self) -> None:
-        """Ask something; Serve replaces the replica when this raises.
+    async def check_health(self) -> None:
+        """Ask something, while others are answered; Serve replaces the replica when this raises.
 
         Raises:
             StageError: A shard is gone for good. What is wrong with the store or the index raises nothing: a
                 new replica would not do better.
         """
+        await asyncio.to_thread(self._ask)
+
+    def _ask(self) -> None:
         try:
             with self._service.current.lease() as index:
                 index.warm()
@@ -88,7 +93,8 @@ class Replica:
             return
 
     def __del__(self) -> None:
-        if hasattr(self, "_service"):
+        if getattr(self, "_is_open", False):
+            self._is_open = False  # Serve calls this, and Python once more
             self._service.current.close()
 
 

@@ -203,6 +203,7 @@ def test_a_shard_that_is_killed_comes_back(planted: PlantedIndex, service: Servi
     assert not set(actors("_Shard").values()) & set(before.values())
 
 
+@pytest.mark.slow
 def test_a_replica_that_is_killed_comes_back(planted: PlantedIndex, service: Service) -> None:
     right = plain(service.client().search("a dog", k=30))
     (before,) = actors("ServeReplica").values()
