@@ -79,7 +79,7 @@ NODES = Nodes(memory_bytes=64 * BILLION, cpus=16)
 """As `jobs/index.py --plan-vectors` plans where nothing is said."""
 
 ONE_TASK_MEMORY = 2.5
-"""As many times `--task-memory`: the first size is then a single segment, and the plan wants no other codec."""
+"""As many times `--task-memory`: the first size is then one segment, and the plan wants no other codec."""
 
 SAMPLE_SECONDS, FIND_SECONDS = 0.01, 0.25
 FIXED, PLANNED, ONE_TASK = "fixed", "planned", "fixed, one task"
