@@ -1,7 +1,9 @@
-"""Fine-tune an encoder's head on labels and pseudo-labels; `--help` lists the settings.
+"""Fine-tune an encoder: its head on labels and pseudo-labels, or its towers; `--help` lists the settings.
 
 python jobs/finetune.py --dataset coco:instances_train2017.json:s3://bucket/train2017 --preset coco \
                         --labels s3://bucket/labels --output s3://bucket/for
+python jobs/finetune.py --recipe mcip --dataset folder:s3://bucket/things --captions s3://bucket/captions \
+                        --encoder open_clip:ViT-L-14-336@openai --output s3://bucket/mcip
 """
 
 from __future__ import annotations
@@ -28,10 +30,12 @@ def _run(arguments: list[str]) -> None:
     settings = read_settings(FinetuneSettings, arguments)
 
     from for_ray.pipeline.finetune import run_finetune
+    from for_ray.pipeline.tower_tuning import run_tower_tuning
     from for_ray.stages.finetune_report import print_finetuned
     from for_ray.stages.progress import Progress
 
-    summary = run_finetune(settings, progress=Progress())
+    run = run_finetune if settings.recipe == "for" else run_tower_tuning
+    summary = run(settings, progress=Progress())
     print_finetuned(summary)
     if settings.json_:
         print(summary.model_dump_json(), flush=True)

@@ -9,6 +9,7 @@ from for_ray.config.evaluate import EvaluateSettings
 from for_ray.config.finetune import FinetuneSettings
 from for_ray.config.index import IndexSettings
 from for_ray.config.label import LabelSettings
+from for_ray.config.pseudo_caption import PseudoCaptionSettings
 from for_ray.config.reading import read_settings
 from for_ray.config.search import SearchSettings
 from for_ray.config.serve import ServeSettings
@@ -18,6 +19,7 @@ __all__ = [
     "FinetuneSettings",
     "IndexSettings",
     "LabelSettings",
+    "PseudoCaptionSettings",
     "SearchSettings",
     "ServeSettings",
     "read_settings",

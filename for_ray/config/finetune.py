@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -14,20 +14,55 @@ TrainedHead = Literal["sum", "clip", "dense"]
 Freeze = Literal["qkvo", "vo", "none"]
 Objective = Literal["rank", "set"]
 Precision = Literal["auto", "float32", "float16", "bfloat16"]
+Recipe = Literal["for", "gpr", "realign", "mcip"]
+
+TOWER_DEFAULTS: dict[str, dict[str, Any]] = {
+    "gpr": {"lr": 1e-6, "epochs": 3, "batch_size": 128, "weight_decay": 1e-2},
+    "mcip": {"lr": 1e-6, "epochs": 3, "batch_size": 128, "weight_decay": 1e-2},
+    "realign": {"lr": 1e-5, "epochs": 3, "batch_size": 1024, "weight_decay": 1e-2},
+}
+"""What the second paper trains with, where it differs from the defaults."""
+
+TOWER_FIELDS = frozenset(
+    {
+        *("captions", "tune_blocks", "tune_projection", "lr_end", "proxies_lr_factor", "scale", "margin"),
+        *("gamma_classes", "gamma_captions", "captions_per_image", "caption_threshold"),
+    }
+)
+"""Settings of the second paper's recipes alone."""
+
+HEAD_FIELDS = frozenset(
+    {
+        *("labels", "preset", "losses", "objective", "labelled_fraction", "fold", "head", "freeze", "layers"),
+        *("slots", "feedforward", "dropout", "mean_token", "lr_schedule", "lr_drop_epoch", "warmup_steps"),
+        *("gamma_sup", "gamma_pse", "null_weight", "val", "val_split", "val_labels", "held_out", "select"),
+    }
+)
+"""Settings of recipe `for` alone."""
 
 
 class FinetuneSettings(Settings):
     """Train a head that gives an image many vectors, on labels and pseudo-labels; the result is an encoder.
+
+    Other recipes tune CLIP's towers, and an image keeps one vector: gpr the image tower, on classes
+    (ArcMargin); mcip the same, and on pseudo-captions (MCArcMargin), which keeps it near the texts; realign
+    the text tower, on image-caption pairs, with the image tower locked. Their --dataset has one class an
+    image, or for realign captions; --encoder is what they begin with, so that they follow one another.
 
     Settings come from flags over FOR_RAY_… variables over the --config file over the --preset over the
     defaults. Exit code 0: done, or done before; 2: the settings, the data or the store are at fault; 1: the
     training failed (run again: it goes on from the last epoch); 130: interrupted.
     """
 
+    recipe: Recipe = Field(
+        "for",
+        description="for: a head on the frozen backbone; gpr, mcip, realign: CLIP's towers (second paper)",
+    )
     dataset: str = Field(
         min_length=1,
         description="labelled images to train on: coco:ANNOTATIONS.json:IMAGES, "
-        "lvis:ANNOTATIONS.json:IMAGES, nuimages:ROOT:VERSION or picturebook:DIR",
+        "lvis:ANNOTATIONS.json:IMAGES, nuimages:ROOT:VERSION, picturebook:DIR, folder:DIR or labels:FILE "
+        "(uri, label); for recipe realign pairs:FILE (uri, caption) or picturebook:DIR",
     )
     split: str | None = Field(
         None,
@@ -106,6 +141,32 @@ class FinetuneSettings(Settings):
     val_labels: str | None = Field(
         None, min_length=1, description="what jobs/pseudo_label.py wrote for --val: its features are used"
     )
+    captions: str | None = Field(
+        None, min_length=1, description="recipe mcip: what jobs/pseudo_caption.py wrote for these images"
+    )
+    tune_blocks: int | None = Field(
+        None, ge=1, description="recipes gpr, mcip: the last blocks of the image tower; default: all of it"
+    )
+    tune_projection: bool | None = Field(
+        None,
+        description="recipes gpr, mcip: train the projection to the joint space, too; default: mcip does",
+    )
+    lr_end: float | None = Field(
+        None, ge=0, le=1, description="recipes of towers: the last learning rate; default: a tenth of lr"
+    )
+    proxies_lr_factor: float = Field(
+        100.0, gt=0, le=1e6, description="recipes gpr, mcip: the proxies' learning rate in units of lr"
+    )
+    scale: float = Field(30.0, gt=0, le=1000, description="s of the margin losses")
+    margin: float = Field(0.1, ge=0, lt=3.14, description="m of the margin losses, radians")
+    gamma_classes: float = Field(0.5, ge=0, le=1e4, description="recipe mcip: weight of the loss on classes")
+    gamma_captions: float = Field(
+        0.5, ge=0, le=1e4, description="recipe mcip: weight of the loss on pseudo-captions"
+    )
+    captions_per_image: int = Field(20, ge=1, le=1000, description="recipe mcip: its nearest, at most")
+    caption_threshold: float = Field(
+        0.27, ge=-1, le=1, description="recipe mcip: captions with a lower cosine do not count"
+    )
     held_out: float = Field(
         0.05, ge=0, le=0.5, description="share of --dataset kept from training, to measure each epoch by"
     )
@@ -135,6 +196,18 @@ class FinetuneSettings(Settings):
         False, alias="json", description="print one line of JSON as the last line of the output"
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _recipes_have_defaults(cls, given: Any) -> Any:
+        """What is not given is as the recipe's paper has it; a setting of another recipe is refused."""
+        if not isinstance(given, dict):
+            return given
+        recipe = given.get("recipe", "for")
+        if other := sorted((TOWER_FIELDS if recipe == "for" else HEAD_FIELDS) & set(given)):
+            named = ", ".join(f"--{name.replace('_', '-')}" for name in other)
+            raise ValueError(f"{named}: not a setting of recipe {recipe}")
+        return TOWER_DEFAULTS.get(str(recipe), {}) | given
+
     @property
     def has_sup(self) -> bool:
         """Whether labels are trained on."""
@@ -147,6 +220,8 @@ class FinetuneSettings(Settings):
 
     @model_validator(mode="after")
     def _goes_together(self) -> FinetuneSettings:
+        if self.recipe != "for":
+            return self._tower_goes_together()
         if self.has_pse and self.labels is None:
             raise ValueError(
                 f"losses {self.losses} needs --labels, which jobs/pseudo_label.py writes; else take --losses "
@@ -158,6 +233,19 @@ class FinetuneSettings(Settings):
             raise ValueError(f"freeze {self.freeze} leaves head {self.head} nothing to train: take none")
         if self.val is None and (self.val_labels or self.val_split):
             raise ValueError("val_labels and val_split go with --val")
+        if self.workers > self.batch_size:
+            raise ValueError(f"a batch of {self.batch_size} does not go round {self.workers} workers")
+        return self
+
+    def _tower_goes_together(self) -> FinetuneSettings:
+        if (self.recipe == "mcip") != (self.captions is not None):
+            raise ValueError("recipe mcip, and it alone, needs --captions: what jobs/pseudo_caption.py wrote")
+        if self.recipe == "realign" and (self.tune_blocks or self.tune_projection is not None):
+            raise ValueError("recipe realign locks the image tower: leave --tune-blocks and -projection out")
+        if self.recipe == "realign" and self.split is not None:
+            raise ValueError("--split goes with classes: recipe realign has captions")
+        if self.lr_end is not None and self.lr_end > self.lr:
+            raise ValueError(f"lr_end ({self.lr_end}) is above lr ({self.lr})")
         if self.workers > self.batch_size:
             raise ValueError(f"a batch of {self.batch_size} does not go round {self.workers} workers")
         return self

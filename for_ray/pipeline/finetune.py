@@ -16,6 +16,7 @@ import time
 from typing import TYPE_CHECKING, NamedTuple
 
 from for_ray.config import FinetuneSettings
+from for_ray.config.finetune import TOWER_FIELDS
 from for_ray.datasets.labelled import LabelledImages
 from for_ray.datasets.spec import open_dataset
 from for_ray.errors import ConfigError, DataError
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from for_ray.model.slot_model import Freeze
     from for_ray.schema import EpochMetrics
     from for_ray.stages.finetune import Finetuned, Workers
+    from for_ray.stages.tower_job import TowerJob
     from for_ray.stages.training_job import FinetuneJob
 
 DEFAULT_ENCODER = "picturebook"
@@ -60,6 +62,8 @@ trained, which changes rounding and what dropout draws, not what is learnt from.
 def run_finetune(settings: FinetuneSettings, *, progress: Progress) -> FinetuneSummary:
     """Train the head of an encoder, or go on with that; at the end there is a bundle and a report.
 
+    The other recipes are in `pipeline.tower_tuning`.
+
     Args:
         settings: The job's.
         progress: Where the stages are told.
@@ -70,7 +74,7 @@ def run_finetune(settings: FinetuneSettings, *, progress: Progress) -> FinetuneS
         StorageError: The store refused; nothing was written.
         StageError: The training failed. Run again, it goes on from its last epoch.
     """
-    return _Run(settings, progress).train()
+    return HeadTuning(settings, progress).train()
 
 
 def make_job(settings: FinetuneSettings) -> FinetuneJob:
@@ -81,7 +85,7 @@ def make_job(settings: FinetuneSettings) -> FinetuneJob:
     Raises:
         ConfigError: See `run_finetune`; likewise for the others.
     """
-    run = _Run(settings, Progress(is_quiet=True))
+    run = HeadTuning(settings, Progress(is_quiet=True))
     run.bundle.save(run.layout.start_uri)
     return run.job()
 
@@ -93,8 +97,8 @@ class _Val(NamedTuple):
     dataset: LabelledImages
 
 
-class _Run:
-    """One run of the job."""
+class HeadTuning:
+    """One run of the job, of recipe `for`."""
 
     def __init__(self, settings: FinetuneSettings, progress: Progress) -> None:
         self.started = time.monotonic()
@@ -154,7 +158,7 @@ class _Run:
                         "epochs": tuple(done.epochs),
                     }
                 )
-                page = render_training(run, title=f"Fine-tuning of {self.bundle.name} on {self.dataset.name}")
+                page = render_training(run, title=f"Fine-tuning of {self.bundle.name} on {self.dataset_name}")
                 write_bytes(self.layout.report_uri, page.encode())
                 self._write(run)
         return self._summary(run, f"trained {len(run.epochs)} epochs; {shown(self.layout.bundle_uri)}")
@@ -170,14 +174,24 @@ class _Run:
                 self.progress.say(epoch_line(metrics, num_epochs))
 
             return finetune(
-                self.job(),
+                self.work(),
                 workers,
                 training_uri=self.layout.training_uri,
                 run_name=f"finetune-{run.identity[:16]}",
                 bundle_uri=self.layout.bundle_uri,
-                bundle_name=self.settings.name or f"{self.bundle.name}, {self.settings.head} fine-tuned",
+                bundle_name=self.bundle_name,
                 on_epoch=tell,
             )
+
+    @property
+    def dataset_name(self) -> str:
+        """What the report calls the data set."""
+        return self.dataset.name
+
+    @property
+    def bundle_name(self) -> str:
+        """What people will call the encoder."""
+        return self.settings.name or f"{self.bundle.name}, {self.settings.head} fine-tuned"
 
     def _find(self, dataset: LabelledImages, labels: LabelTable | None, *, num_categories: int) -> Found:
         fits = labels is not None and labels.run.backbone_fingerprint == self.bundle.backbone_fingerprint
@@ -221,7 +235,7 @@ class _Run:
     def _record(self) -> FinetuneRun:
         """What this run is, before it has any result."""
         train, held_out, _ = self.parts
-        decisive = self.settings.model_dump(mode="json", exclude=UNDECISIVE)
+        decisive = self.settings.model_dump(mode="json", exclude=UNDECISIVE | TOWER_FIELDS | {"recipe"})
         val = self.val.found.images if self.val is not None else None
         encoder = [self.bundle.fingerprint, self.bundle.text_fingerprint]
         content = [decisive, encoder, self.base, digest([train, held_out, val])]
@@ -235,6 +249,10 @@ class _Run:
             num_held_out=len(held_out) if held_out is not None else 0,
             num_missing=self.found.num_missing,
         )
+
+    def work(self) -> FinetuneJob | TowerJob:
+        """What the workers have to know, of whatever recipe."""
+        return self.job()
 
     def job(self) -> FinetuneJob:
         """What the workers have to know."""

@@ -8,7 +8,13 @@ from for_ray.reports.charts import Line, line_chart
 from for_ray.reports.page import Chart, Facts, Section, Table, render_page
 from for_ray.schema import EpochMetrics, FinetuneRun
 
-LOSS_NAMES = {"sup": "labels", "pse": "pseudo-labels"}
+LOSS_NAMES = {
+    "sup": "labels",
+    "pse": "pseudo-labels",
+    "classes": "classes (ArcMargin)",
+    "captions": "pseudo-captions (MCArcMargin)",
+    "pairs": "image-caption pairs (InfoNCE)",
+}
 """The ranking loss's pseudo-labels are soft: how likely the teacher holds an image to show a name."""
 
 GROUPS = ("base", "novel", "all")

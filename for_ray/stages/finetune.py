@@ -27,6 +27,8 @@ from for_ray.errors import StageError
 from for_ray.model.finetuning import HaltedError
 from for_ray.schema import EpochMetrics
 from for_ray.stages.failures import failures
+from for_ray.stages.tower_job import TowerJob
+from for_ray.stages.tower_run import TowerRun
 from for_ray.stages.training_job import FinetuneJob
 from for_ray.stages.training_run import TrainingRun
 from for_ray.storage import arrow_filesystem
@@ -63,7 +65,7 @@ class Finetuned(NamedTuple):
 
 
 def finetune(
-    job: FinetuneJob,
+    job: FinetuneJob | TowerJob,
     workers: Workers,
     *,
     training_uri: str,
@@ -124,7 +126,8 @@ def _train(config: dict[str, Any]) -> dict[str, Any]:
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
     device = str(ray.train.torch.get_device()) if config["device"] == "cuda" else "cpu"
-    run = TrainingRun(config["job"], device=device, rank=rank, world=world)
+    kind = TowerRun if isinstance(config["job"], TowerJob) else TrainingRun
+    run = kind(config["job"], device=device, rank=rank, world=world)
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is not None:
         with checkpoint.as_directory() as folder:
@@ -145,7 +148,7 @@ def _train(config: dict[str, Any]) -> dict[str, Any]:
     return {"halted": halted, "epochs": epochs, "selected_epoch": run.selected_epoch}
 
 
-def _report(run: TrainingRun, metrics: EpochMetrics, rank: int) -> None:
+def _report(run: TrainingRun | TowerRun, metrics: EpochMetrics, rank: int) -> None:
     """Tell Ray Train of an epoch, all workers at once; rank 0 hands over the checkpoint."""
     told = {"epoch": metrics.epoch, **metrics.losses}
     if rank != 0:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from for_ray.model.finetuning import LossMean
-from for_ray.model.objectives import LossName
 from for_ray.schema import LossPoint
 
 POINTS_OF_AN_EPOCH = 20
@@ -22,9 +21,9 @@ class LossCurve:
 
     def __init__(self, num_steps: int) -> None:
         self._length = max(1, -(-num_steps // POINTS_OF_AN_EPOCH))
-        self._steps: list[dict[LossName, LossMean]] = []
+        self._steps: list[Mapping[Any, LossMean]] = []
 
-    def add(self, means: dict[LossName, LossMean]) -> None:
+    def add(self, means: Mapping[Any, LossMean]) -> None:
         """One step more."""
         self._steps.append(means)
 

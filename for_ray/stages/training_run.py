@@ -76,7 +76,7 @@ class TrainingRun:
         self.job, self._rank, self._world = job, rank, world
         self.bundle: Bundle = open_bundle(job.bundle_uri, allow_untrained=True)
         encoder = load_encoder(self.bundle, device, precision=job.precision)
-        self.device, self._dtype = encoder.device, _dtype(job.precision, encoder.device)
+        self.device, self._dtype = encoder.device, choose_dtype(job.precision, encoder.device)
         self.slots = _make_slots(encoder, job)
         self._texts = {name: self._text(name, encoder) for name in job.losses.losses}
         val_text = _embed(encoder, job.val_categories) if job.val is not None else None
@@ -315,7 +315,8 @@ def _embed(encoder: Encoder, names: Sequence[str]) -> Tensor:
     return torch.from_numpy(encoder.embed_text(names)).to(encoder.device)
 
 
-def _dtype(precision: str, device: torch.device) -> torch.dtype:
+def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """What is computed in: on a CPU float32, on a GPU a lower one, unless `precision` names one."""
     import torch
 
     if precision != "auto":

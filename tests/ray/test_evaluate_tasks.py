@@ -60,6 +60,7 @@ def test_images_find_their_class(ray_address, book, vectors):
     assert gallery["accuracy"] == 1  # every image finds itself
 
 
+@pytest.mark.slow
 def test_names_and_captions_find_images(ray_address, book, vectors):
     encoder = load_encoder(open_bundle("picturebook", head="clip"), "cpu")
     images = open_dataset(f"labels:{book}/labels.csv")
@@ -80,6 +81,7 @@ def test_names_and_captions_find_images(ray_address, book, vectors):
     assert found["captions"] == len(pairs.captions.texts)
 
 
+@pytest.mark.slow
 def test_the_job_compares_encoders_and_leaves_unreadable_images_out(ray_address, book, tmp_path, capsys):
     spec = importlib.util.spec_from_file_location("evaluate_job", JOB)
     job = importlib.util.module_from_spec(spec)
@@ -99,6 +101,7 @@ def test_the_job_compares_encoders_and_leaves_unreadable_images_out(ray_address,
     assert "image-to-image" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_what_cannot_be_measured_is_refused(ray_address, book, tmp_path):
     (tmp_path / "alone.csv").write_text("uri,label\n/1.jpg,a\n/2.jpg,b\n")
     with pytest.raises(DataError, match="no class of labels alone has two images"):

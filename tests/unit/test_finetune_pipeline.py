@@ -10,7 +10,7 @@ from for_ray.config import FinetuneSettings
 from for_ray.datasets.sampling import pick_share
 from for_ray.errors import ConfigError, DataError
 from for_ray.model.bundle import open_bundle
-from for_ray.pipeline.finetune import _choose_freeze, _Run, make_job, run_finetune
+from for_ray.pipeline.finetune import HeadTuning, _choose_freeze, make_job, run_finetune
 from for_ray.stages.progress import Progress
 from for_ray.stages.training_run import train_here
 from tests.planted_labels import BASE, draw_dataset, write_labels
@@ -141,7 +141,7 @@ def test_labels_that_teach_nothing_are_refused(given):
 
 
 def test_another_run_in_the_same_place_is_refused(given, tmp_path):
-    record = _Run(FinetuneSettings(**given), QUIET)._record()
+    record = HeadTuning(FinetuneSettings(**given), QUIET)._record()
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "finetune.json").write_text(record.model_dump_json())
     with pytest.raises(
@@ -159,7 +159,7 @@ def test_another_run_in_the_same_place_is_refused(given, tmp_path):
 
 def test_what_does_not_change_the_result_is_the_same_run(given):
     def identity(**changes: object) -> str:
-        return _Run(FinetuneSettings(**(given | changes)), QUIET)._record().identity
+        return HeadTuning(FinetuneSettings(**(given | changes)), QUIET)._record().identity
 
     assert identity() == identity(workers=2, output="elsewhere", name="x", read_threads=1, device="auto")
     assert len({identity(), identity(seed=1), identity(slots=5), identity(held_out=0.1)}) == 4
@@ -170,7 +170,7 @@ def test_a_finished_run_says_so(given, tmp_path):
     settings = FinetuneSettings(**given)
     run = train_here(make_job(settings), device="cpu")
     fingerprint = run.save_bundle(str(tmp_path / "out" / "bundle")).fingerprint
-    record = _Run(settings, QUIET)._record()
+    record = HeadTuning(settings, QUIET)._record()
     done = {"epochs": tuple(run.history), "selected_epoch": 2, "fingerprint": fingerprint}
     (tmp_path / "out" / "finetune.json").write_text(record.model_copy(update=done).model_dump_json())
     summary = run_finetune(settings, progress=QUIET)

@@ -1,0 +1,275 @@
+"""A tuning of CLIP's towers from its first to its last epoch, as one worker sees it; torch, but not Ray.
+
+    gpr, mcip    rows of a global batch, the same on all workers; worker r reads the pixels of rows r::world.
+                 Every worker knows the captions of the whole batch, so that none has to be sent
+    realign      before the first epoch the image tower, which is locked, embeds all images once, each worker
+                 its part; then an epoch passes over the images, each with one of its captions, drawn anew
+
+The same class runs on a cluster (`stages/finetune.py`) and alone in a benchmark.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from for_ray.datasets.sampling import epoch_batches
+from for_ray.model.bundle import Bundle, open_bundle
+from for_ray.model.finetuning import HaltedError
+from for_ray.model.tower_tuning import (
+    ClassObjective,
+    ImageBatch,
+    PairBatch,
+    PairObjective,
+    TowerTrainer,
+    embed,
+    load_clip,
+    save_tuned,
+)
+from for_ray.schema import EpochMetrics
+from for_ray.stages.loss_curve import LossCurve
+from for_ray.stages.tower_job import TowerJob
+from for_ray.stages.training_images import BatchReader, ReadBatch
+from for_ray.stages.training_run import choose_dtype
+from for_ray.storage import exists, read_bytes, write_bytes
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class TowerRun:
+    """One worker's part of a tuning; all workers call the same methods at the same time.
+
+    Args:
+        job: The tuning.
+        device: Where this worker computes.
+        rank: Which worker this is.
+        world: How many there are; above 1 torch's process group must be there.
+
+    Raises:
+        ConfigError: The towers cannot be trained as asked.
+        DataError: A file is not what its checksum says.
+        StorageError: The store refused.
+    """
+
+    def __init__(self, job: TowerJob, *, device: str, rank: int = 0, world: int = 1) -> None:
+        import torch
+
+        self.job, self._rank, self._world = job, rank, world
+        self.bundle: Bundle = open_bundle(job.bundle_uri)
+        self.device = torch.device(device)
+        self.clip = load_clip(self.bundle).to(self.device)
+        self._reader = BatchReader(
+            job.images,
+            self.bundle.config,
+            with_pseudo=False,
+            threads=job.read_threads,
+            is_pinned=self.device.type == "cuda",
+        )
+        self._num_unreadable = 0
+        self._rows = np.arange(len(job.images))
+        self._vectors: Tensor | None = None
+        self._is_pairs = job.tune.recipe == "realign"
+        objective = (
+            PairObjective(self.clip)
+            if self._is_pairs
+            else ClassObjective(self.clip, job.num_classes, self.bundle.dim, job.tune)
+        )
+        dtype = choose_dtype(job.precision, self.device)
+        self.trainer = TowerTrainer(objective.to(self.device), job.tune, job.adam, dtype=dtype)
+        self.history: list[EpochMetrics] = []
+
+    @property
+    def is_done(self) -> bool:
+        """Whether all epochs are over."""
+        return len(self.history) >= self.job.epochs
+
+    @property
+    def selected_epoch(self) -> int:
+        """The epoch whose weights the bundle gets, from 1: the last."""
+        return len(self.history)
+
+    def run_epoch(self) -> EpochMetrics:
+        """Train the next epoch.
+
+        Raises:
+            HaltedError: The loss is not finite, or too many images are unreadable.
+        """
+        job, started, epoch = self.job, time.monotonic(), len(self.history)
+        if self._is_pairs and self._vectors is None:
+            self._embed_images()
+        batches = epoch_batches(len(self._rows), batch_size=job.batch_size, seed=job.seed, epoch=epoch)
+        curve, num_unreadable = LossCurve(len(batches)), self._num_unreadable
+        coming: Iterator[ImageBatch | PairBatch] = (
+            self._pairs(batches, epoch) if self._is_pairs else self._images(batches)
+        )
+        for index, batch in enumerate(coming):
+            if isinstance(batch, ImageBatch):
+                num_unreadable += int((~batch.is_known).sum())
+            curve.add(self.trainer.step(batch, step=epoch * len(batches) + index))
+        self.trainer.check(epoch)
+        if not self._is_pairs:
+            num_unreadable = sum(self._gather(num_unreadable))
+            self._check_readable(num_unreadable)
+        metrics = EpochMetrics(
+            epoch=epoch + 1,
+            lr=job.adam.lr_at((epoch + 1) * len(batches) - 1),
+            num_unreadable=num_unreadable,
+            seconds=time.monotonic() - started,
+            **(curve.totals(epoch * len(batches)) | {"num_matched": {}, "num_dropped": {}}),
+        )
+        self.history.append(metrics)
+        return metrics
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds; tensors and plain values, some of them by reference."""
+        history = [metrics.model_dump_json() for metrics in self.history]
+        return {"trainer": self.trainer.state(), "history": history}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from what `state` gave."""
+        self.trainer.restore(state["trainer"])
+        self.history = [EpochMetrics.model_validate_json(metrics) for metrics in state["history"]]
+
+    def save_bundle(self, uri: str, *, name: str | None = None) -> Bundle:
+        """Write the encoder that came out; one worker does it for all."""
+        return save_tuned(self.bundle, self.clip, uri, recipe=self.job.tune.recipe, name=name)
+
+    # gpr, mcip
+
+    def _images(self, batches: list[NDArray[np.int64]]) -> Iterator[ImageBatch]:
+        import torch
+
+        mine = [rows[self._rank :: self._world] for rows in batches]
+        for rows, own, read in zip(batches, mine, self._reader.batches(mine), strict=True):
+            captions, is_own = self._captions(rows, own)
+            yield ImageBatch(
+                self._normalised(read),
+                torch.from_numpy(self.job.images.labels.select(own).values.astype(np.int64)).to(self.device),
+                read.is_readable.to(self.device),
+                torch.from_numpy(captions).to(self.device),
+                torch.from_numpy(is_own).to(self.device),
+            )
+
+    def _captions(
+        self, rows: NDArray[np.int64], own: NDArray[np.int64]
+    ) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+        """The distinct captions of a batch's images [M, D], and which are whose of this worker's [b, M]."""
+        vectors = self.job.caption_vectors
+        if vectors is None:
+            return np.empty((0, self.bundle.dim), np.float32), np.zeros((len(own), 0), bool)
+        used = np.unique(self.job.of_image.select(rows).values)
+        lists = self.job.of_image.select(own)
+        is_own = np.zeros((len(own), len(used)), bool)
+        owners = np.repeat(np.arange(len(own)), np.diff(lists.offsets))
+        is_own[owners, np.searchsorted(used, lists.values)] = True
+        return vectors[used].astype(np.float32), is_own
+
+    def _normalised(self, read: ReadBatch) -> Tensor:
+        import torch
+
+        if read.pixels is None:
+            raise ValueError("the towers are tuned from pixels")
+        config = self.bundle.config
+        mean, std = (
+            255 * torch.tensor(values, device=self.device).view(1, 3, 1, 1)
+            for values in (config.mean, config.std)
+        )
+        return (read.pixels.to(self.device, non_blocking=True).float() - mean) / std
+
+    def _check_readable(self, num_unreadable: int) -> None:
+        job = self.job
+        if num_unreadable > job.max_bad_fraction * len(job.images):
+            raise HaltedError(
+                f"{num_unreadable:,} of {len(job.images):,} images cannot be read; at most "
+                f"{job.max_bad_fraction:.0%} may (--max-bad-fraction)"
+            )
+
+    # realign
+
+    def _embed_images(self) -> None:
+        """Vectors of all images, once; what cannot be read is left out of the training."""
+        import torch
+        from safetensors.torch import load, save
+
+        job = self.job
+        if exists(job.vectors_uri):
+            kept = load(read_bytes(job.vectors_uri))
+            vectors, is_readable = kept["vectors"], kept["is_readable"]
+        else:
+            vectors = torch.zeros(len(job.images), self.bundle.dim, dtype=torch.float16)
+            is_readable = torch.zeros(len(job.images), dtype=torch.bool)
+            for rank, (found, readable) in enumerate(self._gather(self._embed_mine())):
+                vectors[rank :: self._world], is_readable[rank :: self._world] = found, readable
+            if self._rank == 0:
+                write_bytes(job.vectors_uri, save({"vectors": vectors, "is_readable": is_readable}))
+        self._rows = np.flatnonzero(is_readable.numpy())
+        self._num_unreadable = len(job.images) - len(self._rows)
+        self._check_readable(self._num_unreadable)
+        self._vectors = vectors
+
+    def _embed_mine(self) -> tuple[Tensor, Tensor]:
+        """Vectors [b, D], float16, of this worker's images, and which could be read [b]."""
+        import torch
+
+        rows = np.arange(len(self.job.images))[self._rank :: self._world]
+        parts = np.array_split(rows, max(1, -(-len(rows) * self._world // self.job.batch_size)))
+        readable: list[Tensor] = []
+
+        def pixels() -> Iterator[Tensor]:
+            for read in self._reader.batches(parts):
+                readable.append(read.is_readable)
+                yield self._normalised(read)
+
+        vectors = embed(self.clip, pixels()).half()
+        return vectors, torch.cat(readable)
+
+    def _pairs(self, batches: list[NDArray[np.int64]], epoch: int) -> Iterator[PairBatch]:
+        import torch
+
+        if self._vectors is None:
+            raise ValueError("the images are not embedded")
+        tokenize = make_tokens(self.bundle)
+        for index, places in enumerate(batches):
+            # By worker, so that each worker's part is one piece: the loss does not depend on the order.
+            parts = [self._rows[places[rank :: self._world]] for rank in range(self._world)]
+            rng = np.random.default_rng([self.job.seed, epoch, index])
+            texts = [[self._draw_caption(rng, row) for row in part.tolist()] for part in parts]
+            first = sum(len(part) for part in parts[: self._rank])
+            images = self._vectors[torch.from_numpy(np.concatenate(parts))]
+            yield PairBatch(
+                tokenize(texts[self._rank]).to(self.device), images.float().to(self.device), first
+            )
+
+    def _draw_caption(self, rng: np.random.Generator, row: int) -> str:
+        own = self.job.of_image.row(row)
+        return self.job.caption_texts[int(own[int(rng.integers(len(own)))])]
+
+    def _gather(self, mine: Any) -> list[Any]:
+        """What every worker has, by rank."""
+        if self._world == 1:
+            return [mine]
+        from torch import distributed
+
+        found: list[Any] = [None] * self._world
+        distributed.all_gather_object(found, mine)
+        return found
+
+
+def make_tokens(bundle: Bundle) -> Any:
+    """The tokenizer of a bundle's text tower: texts to ids [n, L]."""
+    from for_ray.model.text import make_tokenizer
+
+    return make_tokenizer(bundle.model_config["text_cfg"], bundle.name)
+
+
+def tune_here(job: TowerJob, *, device: str = "cpu") -> TowerRun:
+    """All epochs, in this process alone, without a checkpoint: benchmarks and tests."""
+    run = TowerRun(job, device=device)
+    while not run.is_done:
+        run.run_epoch()
+    return run

@@ -1,0 +1,102 @@
+"""Captions in an index of our own against a comparison with all, and the table of what came of it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from for_ray.datasets.labelled import Ragged
+from for_ray.errors import DataError
+from for_ray.evaluation.similarity import VectorSets
+from for_ray.stages import pseudo_captions
+from for_ray.stages.caption_table import CaptionRun, CaptionTable, read_table, record_uri, write_captions
+from for_ray.stages.pseudo_captions import CaptionIndex
+
+RUN = CaptionRun(
+    identity="a", encoder="e", fingerprint="f", threshold=0.2, most=3, num_images=3, num_unreadable=0,
+    num_bare=1, num_captions=9, num_used=2,
+)  # fmt: skip
+
+
+def units(count: int, dim: int = 16, seed: int = 0) -> np.ndarray:
+    vectors = np.random.default_rng(seed).standard_normal((count, dim))
+    return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float16)
+
+
+def test_the_nearest_captions_are_those_of_a_comparison_with_all(tmp_path, monkeypatch):
+    monkeypatch.setattr(pseudo_captions, "IMAGES_AT_ONCE", 7)
+    captions, vectors = units(3000), units(20, seed=1)
+    lengths = np.ones(21, np.int64)
+    lengths[4] = 0  # unreadable
+    images = VectorSets(np.concatenate([[0], np.cumsum(lengths)]), vectors)
+    index = CaptionIndex(captions, tmp_path, threads=1)
+    told: list[int] = []
+    found = index.nearest(images, threshold=0.6, most=5, on_progress=told.append)
+    index.close()
+    assert told == [7, 14, 21]
+    assert len(found.of_image) == 21
+    assert not len(found.of_image.row(4))
+    cosines = vectors.astype(np.float32) @ captions.astype(np.float32).T
+    num_same = num_all = 0
+    for image in range(21):
+        if image == 4:
+            continue
+        query = image - (image > 4)
+        near = np.argsort(-cosines[query])[:5]
+        expected = near[cosines[query][near] >= 0.6].tolist()
+        row = found.of_image.row(image).tolist()
+        num_same += len(set(row) & set(expected))
+        num_all += len(expected)
+        assert len(row) <= 5
+        start = found.of_image.offsets[image]
+        exact = found.cosines[start : start + len(row)]
+        np.testing.assert_allclose(exact, cosines[query][row], rtol=1e-5)
+        assert (np.diff(exact) <= 0).all()
+        assert (exact >= 0.6).all()
+    assert num_all > 50
+    assert num_same >= 0.95 * num_all
+
+
+def test_one_caption_is_enough(tmp_path):
+    index = CaptionIndex(units(1), tmp_path, threads=1)
+    images = VectorSets(np.arange(2), units(1))
+    found = index.nearest(images, threshold=0.9, most=20, on_progress=lambda _: None)
+    assert found.of_image.row(0).tolist() == [0]
+    assert found.cosines[0] == pytest.approx(1, abs=1e-3)
+
+
+def table() -> CaptionTable:
+    return CaptionTable(
+        RUN,
+        ["/a.jpg", "/b.jpg", "/c.jpg"],
+        Ragged(np.array([0, 2, 2, 3]), np.array([1, 0, 0], np.int32)),
+        np.array([0.5, 0.3, 0.4], np.float32),
+        ["a cat", "two dogs"],
+        units(2),
+    )
+
+
+def test_a_table_is_read_as_it_was_written(tmp_path):
+    write_captions(str(tmp_path / "out"), table())
+    found = read_table(str(tmp_path / "out"))
+    assert (found.run, found.uris, found.texts) == (RUN, table().uris, table().texts)
+    for name in ("cosines", "vectors"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(table(), name))
+    near = found.nearest(["/c.jpg", "/new.jpg", "/a.jpg", "/b.jpg"], threshold=0.2, most=20)
+    assert [near.row(row).tolist() for row in range(4)] == [[0], [], [1, 0], []]
+    assert found.nearest(["/a.jpg"], threshold=0.4, most=20).row(0).tolist() == [1]
+    assert found.nearest(["/a.jpg"], threshold=0.2, most=1).row(0).tolist() == [1]
+    assert found.run.describe().startswith("2 of 9 captions are near an image; 1 of 3 images have none")
+
+
+def test_a_table_that_is_not_whole_is_refused(tmp_path):
+    with pytest.raises(DataError, match="no pseudo-captions at"):
+        read_table(str(tmp_path / "none"))
+    write_captions(str(tmp_path / "out"), table())
+    (tmp_path / "out" / "images.parquet").write_bytes(b"cut")
+    with pytest.raises(DataError, match="no readable Parquet"):
+        read_table(str(tmp_path / "out"))
+    (tmp_path / "out" / "captions.json").write_text("{}")
+    with pytest.raises(DataError, match="is no record of pseudo-captions"):
+        read_table(str(tmp_path / "out"))
+    assert record_uri("s3://b/out") == "s3://b/out/captions.json"

@@ -1,0 +1,214 @@
+"""The recipes that tune towers, up to where Ray begins: what they would train, and what they refuse."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from for_ray.config import FinetuneSettings, PseudoCaptionSettings, read_settings
+from for_ray.datasets.instances import write_instances
+from for_ray.datasets.labelled import Ragged
+from for_ray.errors import ConfigError, DataError
+from for_ray.model.bundle import open_bundle
+from for_ray.model.finetuning import HaltedError
+from for_ray.pipeline.tower_tuning import TowerTuning, make_tower_job, run_tower_tuning
+from for_ray.stages.caption_table import CaptionRun, CaptionTable, write_captions
+from for_ray.stages.progress import Progress
+from for_ray.stages.tower_run import TowerRun, tune_here
+
+QUIET = Progress(is_quiet=True)
+SIZE = 64
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four things in three views, and pseudo-captions of all but the first view of each; never changed."""
+    folder = tmp_path_factory.mktemp("towers")
+    write_instances(folder / "set", instances=4, views=3, split="train", processes=1)
+    uris = [str(path) for path in sorted((folder / "set" / "images").iterdir())]
+    bundle = open_bundle("picturebook", head="clip", image_size=SIZE)
+    vectors = np.random.default_rng(0).standard_normal((5, bundle.dim))
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    lists = [[] if row % 3 == 0 else [row % 5, (row + 1) % 5] for row in range(12)]
+    offsets = np.cumsum([0, *map(len, lists)])
+    values = np.array(list(itertools.chain(*lists)), np.int32)
+    cosines = np.tile(np.array([0.4, 0.3], np.float32), len(values) // 2)
+    run = CaptionRun(
+        identity="a", encoder="e", fingerprint=bundle.fingerprint, threshold=0.27, most=20, num_images=12,
+        num_unreadable=0, num_bare=4, num_captions=9, num_used=5,
+    )  # fmt: skip
+    texts = [f"caption {row}" for row in range(5)]
+    table = CaptionTable(run, uris, Ragged(offsets, values), cosines, texts, vectors.astype(np.float16))
+    write_captions(str(folder / "captions"), table)
+    return folder
+
+
+@pytest.fixture
+def given(home: Path, tmp_path: Path) -> dict[str, object]:
+    return {
+        "recipe": "gpr", "dataset": f"labels:{home}/set/labels.csv", "output": str(tmp_path / "out"),
+        "image_size": SIZE, "epochs": 2, "batch_size": 5, "lr": 1e-4, "device": "cpu", "read_threads": 2,
+    }  # fmt: skip
+
+
+def settings_of(given: dict[str, object], home: Path, recipe: str, **more: object) -> FinetuneSettings:
+    """The settings of a recipe, with the data that it needs."""
+    needed: dict[str, dict[str, object]] = {
+        "gpr": {},
+        "mcip": {"captions": str(home / "captions")},
+        "realign": {"dataset": f"pairs:{home}/set/captions.csv"},
+    }
+    return FinetuneSettings(**(given | {"recipe": recipe} | needed[recipe] | more))
+
+
+def test_each_recipe_has_its_papers_defaults():
+    base = {"dataset": "folder:a", "output": "b"}
+    for recipe, lr, batch_size in (("gpr", 1e-6, 128), ("mcip", 1e-6, 128), ("realign", 1e-5, 1024)):
+        more = {"captions": "c"} if recipe == "mcip" else {}
+        found = FinetuneSettings(**base, **more, recipe=recipe)
+        assert (found.lr, found.batch_size, found.epochs, found.weight_decay) == (lr, batch_size, 3, 1e-2)
+        assert (found.scale, found.margin, found.proxies_lr_factor) == (30, 0.1, 100)
+        assert (found.gamma_classes, found.gamma_captions) == (0.5, 0.5)
+        assert (found.captions_per_image, found.caption_threshold) == (20, 0.27)
+    assert FinetuneSettings(**base, recipe="gpr", lr=1e-3).lr == 1e-3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--recipe", "mcip"], "needs --captions"),
+        (["--recipe", "gpr", "--captions", "c"], "needs --captions"),
+        (["--recipe", "gpr", "--slots", "5"], "--slots: not a setting of recipe gpr"),
+        (["--losses", "sup", "--margin", "0.2"], "--margin: not a setting of recipe for"),
+        (["--recipe", "realign", "--tune-blocks", "2"], "locks the image tower"),
+        (["--recipe", "realign", "--split", "s"], "recipe realign has captions"),
+        (["--recipe", "gpr", "--lr-end", "0.1"], "is above lr"),
+        (["--recipe", "gpr", "--workers", "200"], "does not go round 200 workers"),
+        (["--recipe", "gpr", "--margin", "4"], "--margin"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        read_settings(FinetuneSettings, ["--dataset", "folder:a", "--output", "b", *arguments])
+
+
+def test_actors_of_pseudo_captions_are_checked():
+    with pytest.raises(ConfigError, match="below min_actors"):
+        read_settings(
+            PseudoCaptionSettings,
+            ["--dataset", "a", "--captions", "b", "--output", "c", "--min-actors", "2", "--max-actors", "1"],
+        )
+
+
+def test_the_settings_become_the_job(given, home):
+    changes = {"tune_blocks": 2, "gamma_captions": 3, "margin": 0.2, "caption_threshold": 0.35}
+    job = make_tower_job(settings_of(given, home, "mcip", **changes))
+    assert (job.tune.recipe, job.tune.num_blocks, job.tune.with_projection) == ("mcip", 2, True)
+    assert (job.tune.gamma_captions, job.tune.margin) == (3, 0.2)
+    assert (job.adam.lr, job.adam.lr_end, job.adam.num_steps) == (1e-4, pytest.approx(1e-5), 6)
+    assert (len(job.images), job.num_classes) == (12, 4)
+    assert np.diff(job.of_image.offsets).tolist() == [0, 1, 1] * 4  # those of cosine 0.3 are under it
+    assert not make_tower_job(
+        settings_of(given, home, "gpr", output=f"{given['output']}-2")
+    ).tune.with_projection
+
+
+def test_a_tuning_goes_from_images_to_a_bundle_and_on_from_a_checkpoint(given, home):
+    """Whatever the recipe."""
+    bundles = {}
+    for recipe in ("gpr", "mcip", "realign"):
+        job = make_tower_job(settings_of(given, home, recipe, output=f"{given['output']}-{recipe}"))
+        whole, first, second = tune_here(job), TowerRun(job, device="cpu"), TowerRun(job, device="cpu")
+        first.run_epoch()
+        second.restore(first.state())
+        second.run_epoch()
+        assert [each.epoch for each in second.history] == [1, 2]
+        assert [each.losses for each in second.history] == [each.losses for each in whole.history]
+        for name, value in whole.trainer.trained.items():
+            assert torch.equal(value, second.trainer.trained[name])
+        bundles[recipe] = whole.save_bundle(f"{given['output']}-{recipe}/bundle")
+        names = {"gpr": {"classes"}, "mcip": {"classes", "captions"}, "realign": {"pairs"}}[recipe]
+        assert set(whole.history[0].losses) == names
+        assert bundles[recipe].config.recipes == recipe
+    assert len({bundle.fingerprint for bundle in bundles.values()}) == 3
+
+
+def test_classes_are_learnt(given, home):
+    """The images that are trained on come nearer to their classes' proxies."""
+    run = tune_here(make_tower_job(settings_of(given, home, "gpr", epochs=6, lr=1e-3)))
+    losses = [each.losses["classes"] for each in run.history]
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_unreadable_images_are_counted_and_too_many_stop_it(given, home, tmp_path):
+    rows = (home / "set" / "labels.csv").read_text().replace("images/", f"{home}/set/images/")
+    (tmp_path / "set.csv").write_text(f"{rows}{tmp_path}/none.jpg,{rows.splitlines()[1].rsplit(',')[1]}\n")
+    changes = {"dataset": f"labels:{tmp_path}/set.csv", "max_bad_fraction": 0.1}
+    job = make_tower_job(settings_of(given, home, "gpr", **changes))
+    run = TowerRun(job, device="cpu")
+    assert run.run_epoch().num_unreadable == 1
+    changes |= {"max_bad_fraction": 0.05, "output": f"{given['output']}-2"}
+    run = TowerRun(make_tower_job(settings_of(given, home, "gpr", **changes)), device="cpu")
+    with pytest.raises(HaltedError, match="1 of 13 images cannot be read"):
+        run.run_epoch()
+    pairs = (home / "set" / "captions.csv").read_text().replace("images/", f"{home}/set/images/")
+    (tmp_path / "pairs.csv").write_text(f"{pairs}{tmp_path}/none.jpg,nothing\n")
+    changes = {"dataset": f"pairs:{tmp_path}/pairs.csv", "max_bad_fraction": 0.1}
+    job = make_tower_job(settings_of(given, home, "realign", **changes, output=f"{given['output']}-3"))
+    assert tune_here(job).history[-1].num_unreadable == 1
+
+
+def test_what_is_left_out_is_counted(given, home, tmp_path):
+    heard: list[str] = []
+    progress = Progress(is_quiet=True)
+    progress.say = heard.append  # type: ignore[method-assign]
+    TowerTuning(settings_of(given, home, "mcip"), progress)
+    said = "labels labels: 12 images of 4 classes, 0 with one image; 0 images without a class are left out"
+    assert said in heard
+    captions = "pseudo-captions: 1.3 an image, 4 images without one over 0.27: the loss on captions leaves"
+    assert any(line.startswith(captions) for line in heard)
+    (tmp_path / "set.csv").write_text("uri,label\n/1,a\n/2,a\n/3,b\n/4,c\n")
+    (tmp_path / "split.json").write_text('{"base": ["a", "b"], "novel": []}')
+    more = {"dataset": f"labels:{tmp_path}/set.csv", "split": f"{tmp_path}/split.json"}
+    assert TowerTuning(settings_of(given, home, "gpr", **more), progress).work().num_classes == 2
+    said = "labels set: 3 images of 2 classes, 1 with one image; 1 images without a class are left out"
+    assert said in heard
+
+
+def test_another_run_is_told_from_the_same(given, home):
+    def identity(recipe: str, **more: object) -> str:
+        return TowerTuning(settings_of(given, home, recipe, **more), QUIET)._record().identity
+
+    same = identity("gpr")
+    assert identity("gpr", workers=2, output="/elsewhere", name="other") == same
+    assert len({same, identity("gpr", lr=1e-3), identity("gpr", margin=0.3), identity("mcip")}) == 4
+    assert identity("mcip", caption_threshold=0.35) != identity("mcip")
+
+
+def test_bad_data_is_refused_before_anything_is_written(given, home, tmp_path):
+    def refuse(error: type[Exception], message: str, recipe: str, **more: object) -> None:
+        with pytest.raises(error, match=message):
+            run_tower_tuning(settings_of(given, home, recipe, **more), progress=QUIET)
+
+    (tmp_path / "one.csv").write_text("uri,label\n/1,a\n/2,a\n")
+    refuse(DataError, "--recipe gpr needs two classes at least", "gpr", dataset=f"labels:{tmp_path}/one.csv")
+    refuse(DataError, "no image has a pseudo-caption of cosine 0.9 or more", "mcip", caption_threshold=0.9)
+    refuse(DataError, "no pseudo-captions at", "mcip", captions=str(tmp_path))
+    refuse(ConfigError, "were compared by another encoder", "mcip", image_size=32)
+    refuse(ConfigError, "no captioned images", "realign", dataset="coco:a")
+    refuse(DataError, "a batch of one", "realign", batch_size=1)
+    refuse(
+        DataError, "do not go round 3 workers", "gpr", workers=3, batch_size=4, dataset=_few(home, tmp_path)
+    )
+    assert not (tmp_path / "out").exists()
+
+
+def _few(home: Path, folder: Path) -> str:
+    """Five images: batches of four make two steps, of two and three."""
+    lines = (home / "set" / "labels.csv").read_text().replace("images/", f"{home}/set/images/").splitlines()
+    (folder / "few.csv").write_text("\n".join(lines[:6]))
+    return f"labels:{folder}/few.csv"
