@@ -3,8 +3,9 @@
 import gc
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,8 @@ from for_ray.errors import DataError, StorageError
 from for_ray.index import snapshots
 from for_ray.model.bundle import Bundle, open_bundle
 from for_ray.retrieval import OpenIndex, Question, open_index
+from for_ray.retrieval.names import NameVectors
+from for_ray.serving.app import make_app
 from for_ray.serving.current import Current
 from for_ray.serving.service import Limits, Service
 from tests.planted import Planted, PlantedIndex
@@ -60,30 +63,57 @@ def current(planted: PlantedIndex) -> Iterator[Current]:
     opened.close()
 
 
-def test_swaps_under_load_fail_and_mix_nothing(planted: PlantedIndex, current: Current) -> None:
-    from for_ray.serving.app import make_app
+class Held:
+    """Keeps one question in its middle, between the snapshot that it leased and the search in it."""
 
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._wanted, self._entered = threading.Semaphore(0), threading.Semaphore(0)
+        self._let_go = threading.Event()
+        embed = NameVectors.embed
+
+        def held(vectors: NameVectors, names: Sequence[str]) -> NDArray[np.float32]:
+            if self._wanted.acquire(blocking=False):
+                self._entered.release()
+                assert self._let_go.wait(60)
+            return embed(vectors, names)
+
+        monkeypatch.setattr(NameVectors, "embed", held)
+
+    @contextmanager
+    def one(self) -> Iterator[None]:
+        """While the block runs, a question that began before it is not answered."""
+        self._let_go.clear()
+        self._wanted.release()
+        assert self._entered.acquire(timeout=60)
+        try:
+            yield
+        finally:
+            self._let_go.set()
+
+
+def test_swaps_under_load_fail_and_mix_nothing(
+    planted: PlantedIndex, current: Current, monkeypatch: pytest.MonkeyPatch
+) -> None:
     service = Service(
         "x", current, lambda: snapshots.list_snapshots(planted.layout), Limits(requests_per_second=0)
     )
     holds = {1: {"first/0", "first/1"}}
     answers: list[tuple[int, frozenset[str]]] = []
-    done = threading.Event()
+    answered, done = threading.Semaphore(0), threading.Event()
 
-    def ask() -> int:
-        num_asked = 0
-        while not done.is_set() or not num_asked:
+    def ask() -> None:
+        while not done.is_set():
             response = client.post("/search", json={"text": "a dog", "k": 100})
             assert response.status_code == 200, response.text
             answer = response.json()
-            uris = frozenset(hit["uri"] for hit in answer["hits"])
-            assert len(uris) == len(answer["hits"])
-            answers.append((answer["snapshot_id"], uris))
-            num_asked += 1
-        return num_asked
+            uris = [hit["uri"] for hit in answer["hits"]]
+            assert len(set(uris)) == len(uris)
+            answers.append((answer["snapshot_id"], frozenset(uris)))
+            answered.release()
 
-    with browser(make_app(service)) as client, ThreadPoolExecutor(4) as clients:
-        asking = [clients.submit(ask) for _ in range(4)]
+    held = Held(monkeypatch)
+    with browser(make_app(service)) as client, ThreadPoolExecutor(3) as clients:
+        asking = [clients.submit(ask) for _ in range(3)]
         try:
             for turn in range(SWAPS):
                 if turn % 4 == 3:  # back to what was served two swaps ago
@@ -92,18 +122,16 @@ def test_swaps_under_load_fail_and_mix_nothing(planted: PlantedIndex, current: C
                 else:
                     snapshot_id = grow(planted, f"turn-{turn}")
                     holds[snapshot_id] = set(all_uris(planted, snapshot_id))
-                seen = len(answers)
-                assert current.refresh()
-                while len(answers) < seen + 5:  # each snapshot is asked
-                    assert not any(each.done() for each in asking), [each.result() for each in asking]
+                with held.one():
+                    assert current.refresh()
+                while not any(snapshot_id == current.snapshot_id for snapshot_id, _ in list(answers)):
+                    assert answered.acquire(timeout=60)  # each snapshot is asked
         finally:
             done.set()
-        assert min(each.result() for each in asking) >= 1
-    assert current.num_swaps == SWAPS
-    assert current.num_failed == 0
-    assert len({snapshot_id for snapshot_id, _ in answers}) >= SWAPS
-    wrong = [(snapshot_id, uris) for snapshot_id, uris in answers if uris != holds[snapshot_id]]
-    assert wrong == []
+        assert [each.result() for each in asking] == [None] * 3
+    assert (current.num_swaps, current.num_failed) == (SWAPS, 0)
+    assert {snapshot_id for snapshot_id, _ in answers} == set(holds)
+    assert [each for each in answers if each[1] != holds[each[0]]] == []
 
 
 def all_uris(planted: PlantedIndex, snapshot_id: int) -> list[str]:
