@@ -10,6 +10,7 @@ head has; rules are then compared on the same vectors, by comparison with all of
     merged    the same slots, each the mean of those that are more like it than like another kept one
     farthest  of N, m: the first, then again and again the one least like those that are kept
     apart     of N, the m least like the mean of their image's slots
+    sorted    as cosine, with those least like the mean of their image's slots first
     claimed   of N, the m that a vocabulary claims most: highest cosine with a name less the mean over all
 
 The vocabulary of `claimed` is the training names without those that mean or share a word with a novel
@@ -44,7 +45,8 @@ from for_ray.model.bundle import open_bundle
 from for_ray.model.encoder import Encoder, load_encoder
 
 NUM_SLOTS = (3, 4, 5, 6, 8, 12, 16, 25)
-THRESHOLDS = (0.97, 0.95, 0.92, 0.9, 0.87, 0.85, 0.8, 0.75, 0.7)
+THRESHOLDS = (0.99, 0.98, 0.97, 0.95, 0.92, 0.9, 0.87, 0.85, 0.8, 0.75, 0.7)
+NUMBERS_KEPT = (*range(2, 13), 14, 16, 20, 25, 30, 40)
 MAX_LOSS = 0.005
 GROUPS = ("base", "novel", "all")
 TRAIN_SEED = 11
@@ -142,13 +144,15 @@ def rules(vectors: Tensor, names: Tensor) -> Iterator[tuple[str, float, Tensor, 
     """Name, setting, slots [B, N, D] and which are kept [B, N] of each rule."""
     num_slots = vectors.shape[1]
     yield "all", num_slots, vectors, torch.ones(vectors.shape[:2], dtype=torch.bool)
+    unlike = -(vectors * functional.normalize(vectors.mean(dim=1, keepdim=True), dim=-1)).sum(dim=-1)
+    apart_first = torch.take_along_dim(vectors, unlike.argsort(dim=1, descending=True)[..., None], 1)
     for threshold in THRESHOLDS:
         keep = distinct_slots(vectors, threshold)
         yield "cosine", threshold, vectors, keep
         yield "merged", threshold, merged_slots(vectors, keep), keep
+        yield "sorted", threshold, apart_first, distinct_slots(apart_first, threshold)
     order = farthest_order(vectors)
-    unlike = -(vectors * functional.normalize(vectors.mean(dim=1, keepdim=True), dim=-1)).sum(dim=-1)
-    for num_kept in range(2, num_slots):
+    for num_kept in (number for number in NUMBERS_KEPT if number < num_slots):
         yield "farthest", num_kept, vectors, highest(-order.argsort(dim=1), num_kept)
         yield "apart", num_kept, vectors, highest(unlike, num_kept)
         yield "claimed", num_kept, vectors, claimed_slots(vectors, names, num_kept)
@@ -198,7 +202,7 @@ def draw_figure(lines: list[dict[str, Any]], path: Path) -> None:
     for size, look in ((8, "s"), (6, "^")) if len(numbers) > 1 else ((numbers[0], "s"),):
         if size in numbers:
             curves.append((f"{size} slots, cosine threshold", "cosine", size, f"{look}--"))
-            curves.append((f"{size} slots, farthest", "farthest", size, f"{look}-."))
+            curves.append((f"{size} slots, apart", "apart", size, f"{look}-."))
             curves.append((f"{size} slots, claimed most", "claimed", size, f"{look}:"))
     ticks = numbers if len(numbers) > 1 else [number for number in NUM_SLOTS if number < numbers[0]] + numbers
     figure = Figure(figsize=(10, 4.4), layout="constrained")
