@@ -50,7 +50,7 @@ and find their lists in another way. Ids looked up for each, since some are hole
 class Recall(NamedTuple):
     """The share of exact search's first 50 images that `nprobe` lists have, and what was asked for.
 
-    None where there is nothing to find.
+    None where there is nothing to find, or nothing of it in the sample.
     """
 
     recall: float | None
@@ -97,6 +97,8 @@ def measure_recall(
     share = exact.num_vectors / max(1, sum(segment.num_live for segment in segments))
     depth = min(RANKED, max(LEAST_RANKED, round(RANKED * share)))
     right = _but_owners(exact.image_ids, owners, depth)
+    if not any(map(len, right)):
+        return Recall(None, nprobe, target)
     index = open_segments(job.layout, job.fingerprint, sample.segments, nprobe=nprobe, cache_path=cache_path)
 
     def stored(image_ids: NDArray[np.int64]) -> ImageVectors:

@@ -147,3 +147,13 @@ def test_a_sample_is_drawn_of_several_pieces_of_each_segment(monkeypatch):
 def test_a_sample_of_short_segments_has_an_image_of_each_piece(monkeypatch):
     monkeypatch.setattr(verify, "SAMPLED_VECTORS", 1)
     assert verify._draw_sample([span(5, 8, num_vectors=600)]).ranges == [(5, 6), (6, 7), (7, 8)]
+
+
+def test_a_sample_without_a_living_image_says_nothing(measure, monkeypatch):
+    """What is drawn are ids, and of images that are gone these are holes."""
+    vectors = unit(np.random.default_rng(3).standard_normal((400, DIM)))
+    run, compared = measure(vectors, np.eye(DIM, dtype=np.float32)[:2], "IVF4,Flat")
+    holes = verify._Sample([span(0, 400)], [(400, 500)], np.arange(400, 500))
+    monkeypatch.setattr(verify, "_draw_sample", lambda segments: holes._replace(segments=segments))
+    assert run(target=0.9) == (None, 1, 0.9)
+    assert compared == [0]
