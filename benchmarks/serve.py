@@ -8,9 +8,10 @@ its own (with --shards in Ray Serve, one replica, the segments in so many actors
 
 First one client: each question is asked of the opened index and over HTTP, one after the other, in an order
 that changes; over HTTP until the last byte of the JSON is there. Once with names whose vectors the text tower
-has at hand, once with new names. `over` is the median of the differences, pair by pair. What a question took
-inside, over HTTP: encode (the text tower), faiss (the segments), rank (with the stored vectors, and their
-reading), http (all else up to the client). Then so many clients at once, a thread and a connection each.
+has at hand, once with new names. Both sides have one thread (OMP_NUM_THREADS) a question. `over` is the
+median of the differences, pair by pair. What a question took inside, over HTTP: encode (the text tower),
+faiss (the segments), rank (with the stored vectors, and their reading), http (all else up to the client).
+Then so many clients at once, a thread and a connection each.
 """
 
 from __future__ import annotations
@@ -33,9 +34,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of both sides, as Ray gives its workers
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # as a script it finds its own folder alone
+
+import numpy as np
 
 from for_ray.datasets.glyphs import family_glyphs
 from for_ray.retrieval import OpenIndex, Question, open_index

@@ -306,13 +306,14 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         with served(index, options.shards, "--refresh-seconds", "0.2") as (port, pid):
             url = f"http://127.0.0.1:{port}"
 
-            def ask(number: int) -> None:
-                asker = Asker(url, nights, options.seed + number)
+            askers = [Asker(url, nights, options.seed + number) for number in range(options.clients)]
+
+            def ask(asker: Asker) -> None:
                 while not is_over.is_set():
                     asker.ask(tally)
 
             with ThreadPoolExecutor(options.clients) as pool:
-                asked = [pool.submit(ask, number) for number in range(options.clients)]
+                asked = [pool.submit(ask, asker) for asker in askers]
                 try:
                     watch(Memory(pid), url, nights, tally, options)
                 finally:
