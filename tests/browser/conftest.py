@@ -8,7 +8,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -168,6 +168,17 @@ class Tab:
     url: str
     requests: list[str]
     problems: list[str]
+    pending: set[Any] = field(default_factory=set)
+
+    def watch(self) -> None:
+        """Note what the page asks for, and what it complains of."""
+        self.page.on(
+            "request", lambda request: (self.requests.append(request.url), self.pending.add(request))
+        )
+        for event in ("requestfinished", "requestfailed"):
+            self.page.on(event, lambda request: self.pending.discard(request))
+        self.page.on("pageerror", lambda error: self.problems.append(str(error)))
+        self.page.on("console", lambda said: self.problems.append(said.text) if _is_problem(said) else None)
 
     def open(self, query: str = "") -> None:
         """Go there, and wait until what was asked is answered."""
@@ -183,7 +194,11 @@ class Tab:
     def settle(self) -> None:
         """Until no skeleton is left, and the images that are in sight are there."""
         self.wait("!document.querySelector('.grid[aria-busy]') && document.querySelector('.hit, .state > *')")
-        self.page.wait_for_load_state("networkidle")
+        end, num_quiet = time.monotonic() + 10, 0
+        while num_quiet < 3:  # an answer that came in has its next page and its images asked for at once
+            assert time.monotonic() < end, f"requests that never ended: {len(self.pending)}"
+            self.page.wait_for_timeout(20)
+            num_quiet = 0 if self.pending else num_quiet + 1
 
     def wait(self, expression: str, *, seconds: float = 10) -> None:
         """Until it is true in the page; Playwright's own way needs what the page's policy forbids."""
@@ -217,9 +232,7 @@ def open_tab(browser: Any, served: Served) -> Iterator[Callable[..., Tab]]:
         contexts.append(context)
         tab = Tab(context.new_page(), url, [], [])
         tab.page.set_default_timeout(10_000)
-        tab.page.on("request", lambda request: tab.requests.append(request.url))
-        tab.page.on("pageerror", lambda error: tab.problems.append(str(error)))
-        tab.page.on("console", lambda said: tab.problems.append(said.text) if _is_problem(said) else None)
+        tab.watch()
         tabs.append(tab)
         return tab
 

@@ -237,3 +237,17 @@ def test_token_is_asked_for_once(open_tab: Any, locked: str) -> None:
     tab.page.click("#keys")
     tab.page.click("#sign-out")
     tab.page.locator("#token[open]").wait_for()
+
+
+def test_image_that_is_gone_is_told(tab: Any) -> None:
+    gone = {"status": 410, "json": {"error": "the file is gone", "code": "gone", "position": None}}
+    for path in ("**/thumbnails/*", re.compile(r"/images/\d+$")):
+        tab.page.route(path, lambda route: route.fulfill(**gone))
+    tab.open("?q=a+keyboard")
+    assert tab.tiles.first.locator(".frame").inner_text() == "gone, or changed since it was indexed"
+    tab.tiles.first.locator(".tile").click()
+    tab.page.locator("#viewer .gone").wait_for()
+    assert tab.page.inner_text("#viewer .gone") == "The image is gone, or was changed since it was indexed."
+    assert tab.page.locator(".slot").count() > 3
+    tab.open("?image=123456")
+    tab.page.locator("#viewer .gone").wait_for()

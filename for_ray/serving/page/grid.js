@@ -1,34 +1,10 @@
 // The results as a dense grid: rows of equal height, each image in its own proportions, its objects boxed.
 
-import { thumbnailUrl } from "./api.js";
-import { byId, colourOf, el, fileName, placeBox } from "./dom.js";
+import { byId } from "./dom.js";
+import { makeHit, makeItem } from "./tile.js";
 
 const AT_ONCE = 60; // tiles that are added at a time, as one scrolls
-const SIDE = devicePixelRatio > 1.2 ? 640 : 384; // pixels of a thumbnail
 const SKELETONS = [1.3, 0.8, 1.5, 1, 1.25, 0.75, 1.4, 1.1, 0.9, 1.6, 1.2, 1, 0.7, 1.35, 1.1, 0.85, 1.5, 1];
-
-/** What a tile says: to the eye on hover, to a screen reader always. */
-function described(hit, rank) {
-  const found = hit.found.filter((each) => each.name).map((each) => `${each.name} ${each.score.toFixed(3)}`);
-  return [`${rank + 1}: ${fileName(hit.uri)}`, `score ${hit.score.toFixed(3)}`, ...(found.length > 1 ? found : [])].join(", ");
-}
-
-/** The boxes of a hit, in the colours of the question's names. */
-function boxesOf(hit, names) {
-  return hit.found.map((found) => {
-    const box = el("span", { class: `box ${colourOf(names, found.name)}`, data: { name: found.name, slot: String(found.slot) } });
-    placeBox(box, found.box);
-    return box;
-  });
-}
-
-function captionOf(hit, names) {
-  const parts = names.length > 1 ? hit.found : [];
-  const named = parts.map((found) =>
-    el("span", { class: "part" }, el("i", { class: `dot ${colourOf(names, found.name)}` }), `${found.name} ${found.score.toFixed(3)}`));
-  return el("span", { class: "caption", "aria-hidden": "true" },
-    el("span", { class: "first" }, el("b", {}, hit.score.toFixed(3)), el("span", { class: "file" }, fileName(hit.uri))), ...named);
-}
 
 /** Events: `open` and `toggle` (with shift: `range`) carry the hit and its rank; `end`: more is wanted. */
 export class Grid extends EventTarget {
@@ -53,7 +29,7 @@ export class Grid extends EventTarget {
   showSkeletons() {
     this.clear();
     this.#list.setAttribute("aria-busy", "true");
-    this.#list.replaceChildren(...SKELETONS.map((ratio) => this.#item(ratio, "skeleton")));
+    this.#list.replaceChildren(...SKELETONS.map((ratio) => makeItem(ratio, "skeleton")));
   }
 
   clear() {
@@ -95,9 +71,10 @@ export class Grid extends EventTarget {
 
   #append() {
     const first = this.#list.children.length;
-    const items = this.#hits.slice(first, first + AT_ONCE).map((hit, index) => this.#made(hit, first + index));
+    const items = this.#hits.slice(first, first + AT_ONCE).map((hit, index) => makeHit(hit, this.#names, first + index));
     items.forEach((item, index) => (item.hidden = first + index >= this.#shown));
     this.#list.append(...items);
+    this.#activate(this.#active);
     this.dispatchEvent(new Event("appended"));
   }
 
@@ -112,34 +89,6 @@ export class Grid extends EventTarget {
   #rewatch() {
     this.#watcher.unobserve(byId("more"));
     this.#watcher.observe(byId("more"));
-  }
-
-  #item(ratio, kind, ...children) {
-    const item = el("li", { class: kind }, ...children);
-    item.style.setProperty("--ratio", Math.min(Math.max(ratio, 0.4), 3));
-    return item;
-  }
-
-  #made(hit, rank) {
-    const isKnown = hit.width > 0 && hit.height > 0;
-    const image = el("img", { src: thumbnailUrl(hit.image_id, SIDE), alt: "", loading: "lazy", decoding: "async", draggable: "false" });
-    const frame = el("span", { class: "frame" }, image, ...boxesOf(hit, this.#names));
-    const tile = el("button", { type: "button", class: "tile", tabindex: rank === this.#active ? "0" : "-1", "aria-label": described(hit, rank), data: { id: String(hit.image_id) } }, frame, captionOf(hit, this.#names));
-    if (hit.folded.length) tile.append(el("span", { class: "folded", title: "near-duplicates" }, `+${hit.folded.length}`));
-    const tick = el("input", { type: "checkbox", class: "tick", tabindex: "-1", "aria-label": `Select ${fileName(hit.uri)}` });
-    const item = this.#item(isKnown ? hit.width / hit.height : 1, "hit", tile, tick);
-    if (isKnown) frame.style.setProperty("--ratio", hit.width / hit.height);
-    image.addEventListener("load", () => this.#loaded(item, frame, image, isKnown));
-    image.addEventListener("error", () => frame.replaceChildren(el("span", { class: "missing" }, "gone, or changed since it was indexed")));
-    return item;
-  }
-
-  #loaded(item, frame, image, isKnown) {
-    frame.classList.add("loaded");
-    if (isKnown) return;
-    const ratio = image.naturalWidth / image.naturalHeight;
-    item.style.setProperty("--ratio", Math.min(Math.max(ratio, 0.4), 3));
-    frame.style.setProperty("--ratio", ratio);
   }
 
   #tile(rank) {

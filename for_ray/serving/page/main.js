@@ -2,14 +2,15 @@
 
 import * as api from "./api.js";
 import { describe, showFailure, showStart } from "./answer.js";
-import { byId, el } from "./dom.js";
+import { bodyOf, showAsked } from "./asked.js";
+import { byId } from "./dom.js";
 import { Exporting } from "./exporting.js";
-import { Filters, filtersBody } from "./filters.js";
+import { Filters } from "./filters.js";
 import { Grid } from "./grid.js";
 import { Histogram } from "./histogram.js";
 import { startKeys } from "./keys.js";
 import { action, clearBanner, clearState, showBanner, showState, toast } from "./notices.js";
-import { base64Of, Picture } from "./picture.js";
+import { Picture } from "./picture.js";
 import { QuestionBox } from "./question.js";
 import { Results } from "./results.js";
 import { Selection } from "./selection.js";
@@ -29,15 +30,7 @@ let isViewerPushed = false;
 
 // Asking
 
-/** What the address asks, as the body of POST /search. */
-async function body(signal) {
-  const { text, like, of, region, picture: key, k } = state.now;
-  const asked = like ? { like }
-    : of !== null ? { image: await base64Of(await api.imageOf(of, signal)), ...(region ? { region } : {}) }
-    : key ? await picture.bodyOf(key)
-    : { text: text.trim() };
-  return { ...asked, k, ...filtersBody(state.now) };
-}
+const body = (signal) => bodyOf(state.now, picture, signal);
 
 function ask() {
   selection.clear();
@@ -61,23 +54,7 @@ function showLostPicture() {
 
 // Showing
 
-function showQuestion() {
-  const { text, like, of, picture: key } = state.now;
-  box.text = text;
-  const shown = like ? [api.thumbnailUrl(like.split(":")[0], 128), like.includes(":") ? "more like this object" : "more like this image", like.split(":")]
-    : of !== null ? [api.thumbnailUrl(of, 128), "more like this region", [of]]
-    : key && picture.has(key) ? [picture.urlOf(key), picture.regionOf(key) ? "a region of your picture" : "your picture", null]
-    : null;
-  box.showExample(...(shown ? exampleParts(...shown) : []));
-  document.title = `${text || (shown ? shown[1] : "Image search")} – for_ray`;
-  byId("heading").textContent = text ? `Images that show ${text}` : "Image search";
-}
-
-function exampleParts(url, words, place) {
-  const open = () => (place ? state.set({ image: Number(place[0]), slot: place[1] ? Number(place[1]) : null }) : picture.reopen(state.now.picture));
-  const name = place ? "Show the image that is asked with" : "Change the region of your picture";
-  return [el("button", { type: "button", "aria-label": `${name}: ${words}`, on: { click: open } }, el("img", { src: url, alt: "" }), el("span", {}, words))];
-}
+const showQuestion = () => showAsked(state, box, picture);
 
 function showResults({ isNew = false } = {}) {
   grid.show(results.hits, results.names, results.shown.length, { isNew });

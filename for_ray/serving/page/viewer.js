@@ -10,7 +10,8 @@ const area = ([x0, y0, x1, y1]) => (x1 - x0) * (y1 - y0);
 /** What the manifest says, as short as it can be read. */
 function shown(value) {
   if (value === null || value === undefined) return "–";
-  return typeof value === "object" ? JSON.stringify(value) : String(value);
+  const text = typeof value === "object" ? JSON.stringify(value) : String(value);
+  return text.replace(/^(\d{4}-\d\d-\d\d)T(\d\d:\d\d:\d\d)(\.\d+)?(\+00:00|Z)$/, "$1 $2 UTC");
 }
 
 /**
