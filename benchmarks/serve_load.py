@@ -141,10 +141,11 @@ class Asker:
         return self._client.search(self._name(), k=self._random.choice((10, 60, 300)))
 
     def _several(self) -> Answer:
-        return self._client.search(f"{self._name()} AND {self._name()}", k=60)
+        return self._client.search(" AND ".join(self._random.sample(self._names, 2)), k=60)
 
     def _without(self) -> Answer:
-        return self._client.search(f"{self._name()} NOT {self._name()}", k=60)
+        wanted, unwanted = self._random.sample(self._names, 2)
+        return self._client.search(f"{wanted} NOT {unwanted}", k=60)
 
     def _filtered(self) -> Answer:
         return self._client.search(self._name(), k=60, where=f"width > {self._random.randrange(150, 250)}")
