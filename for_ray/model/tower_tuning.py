@@ -384,28 +384,13 @@ def embed(clip: nn.Module, batches: Iterable[Tensor]) -> Tensor:
     return torch.cat(parts)
 
 
-def start_bundle(encoder: str, *, image_size: int | None = None) -> Bundle:
-    """The encoder whose towers are tuned: one vector an image.
-
-    Args:
-        encoder: As in `open_bundle`.
-        image_size: Side of the model's input in pixels; the encoder's own where None.
-
-    Raises:
-        ConfigError: It is unknown, or incomplete.
-        DataError: A file of the bundle is not what its checksum says.
-        StorageError: The store refused.
-    """
-    return open_bundle(encoder, head="clip", image_size=image_size)
-
-
 def save_tuned(
     bundle: Bundle, clip: nn.Module, uri: str, *, recipe: Recipe, name: str | None = None
 ) -> Bundle:
     """Write a bundle of head `mcip` with both towers as they are now.
 
     Args:
-        bundle: What was tuned, from `start_bundle`.
+        bundle: What was tuned: one vector an image.
         clip: Its towers.
         uri: A folder or `s3://bucket/prefix`.
         recipe: By which; those that tuned the encoder before stay named.

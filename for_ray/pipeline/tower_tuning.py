@@ -120,7 +120,7 @@ class TowerTuning(HeadTuning):
         settings = self.settings
         return TowerJob(
             bundle_uri=self.layout.start_uri,
-            vectors_uri=join_uri(self.layout.output_uri, "locked-vectors.safetensors"),
+            vectors_uri=self._vectors_uri(),
             tune=self._tune(),
             adam=self._adam(),
             epochs=settings.epochs,
@@ -135,6 +135,12 @@ class TowerTuning(HeadTuning):
             read_threads=settings.read_threads,
             max_bad_fraction=settings.max_bad_fraction,
         )
+
+    def _vectors_uri(self) -> str:
+        """Named after what decides the vectors: those of another encoder are never taken for these."""
+        decisive = f"{self.bundle.fingerprint} {digest([self.towers.images])}"
+        name = hashlib.sha256(decisive.encode()).hexdigest()[:16]
+        return join_uri(self.layout.output_uri, f"locked-vectors-{name}.safetensors")
 
     def _tune(self) -> TuneSettings:
         from for_ray.model.tower_tuning import TuneSettings
