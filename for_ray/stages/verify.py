@@ -22,9 +22,14 @@ from for_ray.storage import shown
 RANKED = 50
 """Recall is that of the first 50 images: what a page of results shows."""
 
-SAMPLED_VECTORS, PIECES_OF_A_SEGMENT = 4_000_000, 8
-"""Recall is measured over so many vectors, of images that lie in several pieces of each segment drawn; over
-all of a smaller index."""
+SAMPLED_VECTORS = 4_000_000
+"""Recall is measured over so many vectors, of images all over each segment drawn; over all of a smaller
+index."""
+
+IMAGES_OF_A_PIECE, LEAST_PIECES = 16, 8
+"""Images of a segment that are drawn side by side, at most, and how many such pieces it has at least. Images
+that follow each other are often alike, as frames of a video are: of each kind the same share must be drawn.
+Single ones would cost a read each."""
 
 LEAST_RANKED = 10
 """Of a sample as many images are compared as of the first 50 lie in it: a tenth of the images holds five. At
@@ -199,15 +204,17 @@ def _draw_sample(segments: Sequence[Segment]) -> _Sample:
     if share >= 1:
         return _Sample(drawn, [(segment.first_image_id, segment.end_image_id) for segment in drawn], None)
     ranges = [
-        (low, low + max(1, int(share * (end - low))))
+        (low, low + max(1, round(share * (end - low))))
         for segment in drawn
-        for low, end in split_ids(
-            segment.first_image_id,
-            segment.end_image_id,
-            most=-(-(segment.end_image_id - segment.first_image_id) // PIECES_OF_A_SEGMENT),
-        )
+        for low, end in _stretches(segment, int(IMAGES_OF_A_PIECE / share))
     ]
     return _Sample(drawn, ranges, np.sort(np.concatenate([np.arange(*edges) for edges in ranges])))
+
+
+def _stretches(segment: Segment, most: int) -> list[tuple[int, int]]:
+    """The segment's image ids in stretches of at most so many, of each of which a piece is drawn."""
+    first, end = segment.first_image_id, segment.end_image_id
+    return split_ids(first, end, most=min(most, -(-(end - first) // LEAST_PIECES)))
 
 
 def _draw_examples(table: Any, segments: Sequence[Segment]) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
@@ -238,34 +245,54 @@ class _Exact(NamedTuple):
 
 
 def _exact(job: RangeJob, ranges: Sequence[tuple[int, int]], queries: NDArray[np.float32]) -> _Exact:
-    """The right answers: every task ranks a range of image ids, the driver ranks the best."""
-    task = ray.remote(_exact_of_range).options(num_cpus=1, max_retries=3)
+    """The right answers: every task ranks ranges of image ids, the driver ranks the best."""
+    task = ray.remote(_exact_of_ranges).options(num_cpus=1, max_retries=3)
     shared = ray.put(queries)
-    parts = ray.get(
-        [
-            task.remote(job, first, end, shared)
-            for edges in ranges
-            for first, end in split_ids(*edges, most=IMAGES_A_TASK)
-        ]
-    )
+    parts = ray.get([task.remote(job, some, shared) for some in _share_out(ranges)])
     ids = np.concatenate([part[0] for part in parts], axis=1)
     scores = np.concatenate([part[1] for part in parts], axis=1)
     order = np.lexsort((ids, -scores), axis=1)[:, : RANKED + 1]
     return _Exact(list(np.take_along_axis(ids, order, axis=1)), sum(part[2] for part in parts))
 
 
-def _exact_of_range(
-    job: RangeJob, first: int, end: int, queries: NDArray[np.float32]
+def _share_out(ranges: Sequence[tuple[int, int]]) -> list[list[tuple[int, int]]]:
+    """The ranges of each task: together `IMAGES_A_TASK` ids at most."""
+    shares: list[list[tuple[int, int]]] = []
+    size = IMAGES_A_TASK
+    for low, end in (part for edges in ranges for part in split_ids(*edges, most=IMAGES_A_TASK)):
+        size += end - low
+        if size > IMAGES_A_TASK:
+            shares.append([])
+            size = end - low
+        shares[-1].append((low, end))
+    return shares
+
+
+def _exact_of_ranges(
+    job: RangeJob, ranges: Sequence[tuple[int, int]], queries: NDArray[np.float32]
 ) -> tuple[NDArray[np.int64], NDArray[np.float32], int]:
     num_vectors = 0
 
     def batches() -> Iterator[ImageVectors]:
         nonlocal num_vectors
-        for batch in read_vectors(job.open_table(), first, end, batch_rows=IMAGES_A_READ):
+        for batch in _read(job.open_table(), ranges):
             num_vectors += len(batch.vectors)
             yield batch
 
     return *exact_top_images(batches(), queries, RANKED + 1), num_vectors
+
+
+def _read(table: Any, ranges: Sequence[tuple[int, int]]) -> Iterator[ImageVectors]:
+    """The images of long ranges by scans; those of short ones by their ids, since each scan costs."""
+    short = [np.empty(0, np.int64)]
+    for low, end in ranges:
+        if end - low > IMAGES_A_READ:
+            yield from read_vectors(table, low, end, batch_rows=IMAGES_A_READ)
+        else:
+            short.append(np.arange(low, end))
+    ids = np.concatenate(short)
+    for start in range(0, len(ids), IMAGES_A_READ):
+        yield take_vectors(table, ids[start : start + IMAGES_A_READ])
 
 
 def check_recall(recall: Recall, *, least: float, codec: Codec | None) -> None:
