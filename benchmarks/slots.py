@@ -6,18 +6,17 @@ The images are encoded once, with head `cluster` for each number of slots, or wi
 head has; rules are then compared on the same vectors, by comparison with all of them: no index, no codec.
 
     all       every slot of N
-    cosine    the encoder's `keep`: of N, those without an earlier kept slot above the threshold
-    merged    the same slots, each the mean of those that are more like it than like another kept one
+    cosine    keep_rule distinct: of N, those without an earlier kept slot above the threshold
+    apart     keep_rule apart: of N, those whose cosine with the mean of their image's slots is at most that
+    merged    those of cosine, each the mean of those that are more like it than like another kept one
     farthest  of N, m: the first, then again and again the one least like those that are kept
-    apart     of N, the m least like the mean of their image's slots
-    sorted    as cosine, with those least like the mean of their image's slots first
     claimed   of N, the m that a vocabulary claims most: highest cosine with a name less the mean over all
 
 The vocabulary of `claimed` is the training names without those that mean or share a word with a novel
 category: the novel columns show what becomes of names that nobody thought of. For each N and rule the fewest
 vectors that lose at most 0.005 against all slots of N (on base, novel and all) are chosen on the train split,
-and shown on val. With `--out`, `slots.png` (of another head than cluster
-`slots-<head>.png`) draws the val split's figures into that folder.
+and shown on val. With `--out`, `slots.png` (of a bundle with another head: `slots-<head>.png`) draws the val
+split's figures into that folder.
 """
 
 from __future__ import annotations
@@ -40,12 +39,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # as a script it f
 from benchmarks.heads import ValSplit, draw_val_split, read_batches, summarise
 from for_ray.datasets.captioned import training_names
 from for_ray.datasets.vocabulary import meanings
-from for_ray.model.boxes import distinct_slots
+from for_ray.model.boxes import apart_slots, distinct_slots
 from for_ray.model.bundle import open_bundle
 from for_ray.model.encoder import Encoder, load_encoder
 
 NUM_SLOTS = (3, 4, 5, 6, 8, 12, 16, 25)
-THRESHOLDS = (0.99, 0.98, 0.97, 0.95, 0.92, 0.9, 0.87, 0.85, 0.8, 0.75, 0.7)
+THRESHOLDS = (0.99, 0.98, 0.97, 0.96, 0.95, 0.92, 0.9, 0.87, 0.85, 0.8, 0.75, 0.7)
 NUMBERS_KEPT = (*range(2, 13), 14, 16, 20, 25, 30, 40)
 MAX_LOSS = 0.005
 GROUPS = ("base", "novel", "all")
@@ -144,17 +143,14 @@ def rules(vectors: Tensor, names: Tensor) -> Iterator[tuple[str, float, Tensor, 
     """Name, setting, slots [B, N, D] and which are kept [B, N] of each rule."""
     num_slots = vectors.shape[1]
     yield "all", num_slots, vectors, torch.ones(vectors.shape[:2], dtype=torch.bool)
-    unlike = -(vectors * functional.normalize(vectors.mean(dim=1, keepdim=True), dim=-1)).sum(dim=-1)
-    apart_first = torch.take_along_dim(vectors, unlike.argsort(dim=1, descending=True)[..., None], 1)
     for threshold in THRESHOLDS:
         keep = distinct_slots(vectors, threshold)
         yield "cosine", threshold, vectors, keep
         yield "merged", threshold, merged_slots(vectors, keep), keep
-        yield "sorted", threshold, apart_first, distinct_slots(apart_first, threshold)
+        yield "apart", threshold, vectors, apart_slots(vectors, threshold)
     order = farthest_order(vectors)
     for num_kept in (number for number in NUMBERS_KEPT if number < num_slots):
         yield "farthest", num_kept, vectors, highest(-order.argsort(dim=1), num_kept)
-        yield "apart", num_kept, vectors, highest(unlike, num_kept)
         yield "claimed", num_kept, vectors, claimed_slots(vectors, names, num_kept)
 
 

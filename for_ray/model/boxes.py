@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from for_ray.model.encoder_config import KeepRule
+
 SHARE_OF_PEAK = 0.5
 """A cell belongs to what a slot attends to from this share of the slot's largest weight on."""
 
@@ -128,3 +130,27 @@ def distinct_slots(vectors: Tensor, threshold: float) -> Tensor:
     for _ in range(_ROUNDS):
         keep = (torch.bmm(is_like_earlier, keep) < 0.5).to(vectors.dtype)
     return keep[..., 0] > 0.5
+
+
+def apart_slots(vectors: Tensor, threshold: float) -> Tensor:
+    """Which slots to keep: those whose cosine with the mean of their image's slots is at most `threshold`.
+
+    Learnt slots that find nothing of their own look at the whole image, and crowd around that mean.
+
+    Args:
+        vectors: Unit vectors [B, N, D]; what is not finite is no part of the mean, and not kept.
+        threshold: Cosine; from 1 on everything is kept.
+
+    Returns:
+        [B, N], bool; the slot least like the mean is always kept.
+    """
+    if threshold >= 1.0:
+        return torch.ones(vectors.shape[:2], dtype=torch.bool, device=vectors.device)
+    mean = functional.normalize(vectors.nan_to_num(0.0, 0.0, 0.0).mean(dim=1, keepdim=True), dim=-1)
+    cosines = (vectors * mean).sum(dim=-1).nan_to_num(torch.inf, torch.inf, torch.inf)
+    return (cosines <= threshold).scatter(1, cosines.argmin(dim=1, keepdim=True), True)
+
+
+def kept_slots(vectors: Tensor, threshold: float, rule: KeepRule) -> Tensor:
+    """Which slots to keep [B, N], bool, by `distinct_slots` or `apart_slots`."""
+    return {"distinct": distinct_slots, "apart": apart_slots}[rule](vectors, threshold)

@@ -21,7 +21,7 @@ from typing import Any
 from for_ray import storage
 from for_ray.errors import ConfigError
 from for_ray.model import catalog
-from for_ray.model.encoder_config import EncoderConfig, dump_toml
+from for_ray.model.encoder_config import EncoderConfig, KeepRule, dump_toml
 from for_ray.model.preprocess import ResizeMode
 from for_ray.schema import MAX_SLOTS
 
@@ -86,6 +86,11 @@ class Bundle:
             "sum": config.num_slots,
         }[config.head]
 
+    @property
+    def keep_rule(self) -> KeepRule:
+        """Which slots of an image are stored; a trained rule is for the slots of `sum` alone."""
+        return self.config.keep_rule if self.config.head == "sum" else "distinct"
+
     @cached_property
     def fingerprint(self) -> str:
         """16 hex digits of what determines vectors and boxes; not of names, places and prompts.
@@ -138,6 +143,7 @@ class Bundle:
             "pixels": pixels,
             "head": [config.head, of_head],
             "keep_threshold": config.keep_threshold,
+            **({"keep_rule": self.keep_rule} if self.keep_rule != "distinct" else {}),
             **tuned,
         }
 
@@ -189,7 +195,8 @@ def open_bundle(
         head: `sum`, `cluster`, `dense`, `clip` or `mcip`.
         num_slots: N of `sum` and `cluster`.
         image_size: Side of the model's input in pixels; positions are interpolated.
-        keep_threshold: Cosine above which slots of an image are stored once.
+        keep_threshold: Cosine above which slots of an image are stored once, or by the bundle's `keep_rule`
+            not at all.
         resize_mode: `squash`, `shortest` or `longest`.
         allow_untrained: Accept random weights and a `sum` head without weights: tests, benchmarks, training.
 

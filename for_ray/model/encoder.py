@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from for_ray import storage
 from for_ray.errors import ConfigError
 from for_ray.model.backbone import Features, fold_norms, kind_of, make_backbone
-from for_ray.model.boxes import distinct_slots
+from for_ray.model.boxes import kept_slots
 from for_ray.model.bundle import Bundle
 from for_ray.model.encoder_config import POOLING_PREFIX
 from for_ray.model.heads import ClipHead, ClusterHead, DenseHead, Head
@@ -39,7 +39,7 @@ class Encoded(NamedTuple):
 
     vectors: unit length [B, N, D], float32.
     boxes: x0, y0, x1, y1 as fractions of the model's input [B, N, 4], float32.
-    keep: whether to store the slot [B, N], bool; False where an earlier kept slot says the same.
+    keep: whether to store the slot [B, N], bool; False where others say the same.
     """
 
     vectors: Tensor
@@ -120,7 +120,7 @@ class Encoder(nn.Module):
         with self._computing():
             features = self.features(pixels)
             vectors, boxes = self.head(features, self.pooling)
-        keep = distinct_slots(vectors, self.bundle.config.keep_threshold)
+        keep = kept_slots(vectors, self.bundle.config.keep_threshold, self.bundle.keep_rule)
         return Encoded(vectors, boxes, keep), features
 
     def features(self, pixels: Tensor | NDArray[np.uint8]) -> Features:

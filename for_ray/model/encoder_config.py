@@ -14,6 +14,7 @@ from for_ray.model.text import SEVEN_PROMPTS
 from for_ray.schema import MAX_SLOTS
 
 HeadName = Literal["sum", "cluster", "dense", "clip", "mcip"]
+KeepRule = Literal["distinct", "apart"]
 
 POOLING_PREFIX = "pooling."
 """What the names of the pooling layer's tensors in `head.safetensors` begin with."""
@@ -48,6 +49,11 @@ class EncoderConfig(BaseModel):
     prompts: tuple[str, ...] = Field(SEVEN_PROMPTS, min_length=1, description="each with {} for the name")
     keep_threshold: float = Field(
         0.97, gt=0, le=1, description="slots of an image whose cosine is above this are kept once; 1: all"
+    )
+    keep_rule: KeepRule = Field(
+        "distinct",
+        description="`sum`: the cosine with an earlier kept slot (distinct), or with the mean of the image's "
+        "slots (apart)",
     )
     dense_positions: bool = Field(
         False, description="`dense` and `cluster` of a ResNet: add the pooling positions to the cells"

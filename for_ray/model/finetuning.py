@@ -17,7 +17,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from for_ray.errors import ForRayError
 from for_ray.model.backbone import Features
-from for_ray.model.boxes import distinct_slots
+from for_ray.model.boxes import kept_slots
+from for_ray.model.encoder_config import KeepRule
 from for_ray.model.objectives import (
     LossLabels,
     LossName,
@@ -222,17 +223,20 @@ def set_dropout(head: nn.Module, dropout: float) -> None:
 
 
 @torch.no_grad()
-def max_cosines(vectors: Tensor, text: Tensor, *, keep_threshold: float = 1.0) -> Tensor:
+def max_cosines(
+    vectors: Tensor, text: Tensor, *, keep_threshold: float = 1.0, keep_rule: KeepRule = "distinct"
+) -> Tensor:
     """Each category's score of each image: the highest cosine among the slots that an index would store.
 
     Args:
         vectors: Unit vectors [B, N, D].
         text: Unit vectors [V, D].
-        keep_threshold: Slots of an image whose cosine is above this count once.
+        keep_threshold: Of `kept_slots`.
+        keep_rule: Likewise.
 
     Returns:
         [V, B], float32.
     """
     cosines = vectors @ text.T  # [B, N, D] -> [B, N, V]
-    keep = distinct_slots(vectors, keep_threshold)
+    keep = kept_slots(vectors, keep_threshold, keep_rule)
     return cosines.masked_fill(~keep[..., None], -2.0).amax(dim=1).T

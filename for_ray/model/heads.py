@@ -28,7 +28,7 @@ class Head(nn.Module):
     """Turns features into slots; the frozen pooling layer is handed in, no part of the head's weights."""
 
     def forward(self, features: Features, pooling: Pooling) -> HeadOutput:
-        """Slots of B images; the first slot of an image is the one that is always stored."""
+        """Slots of B images; of those that say the same the first is stored."""
         raise NotImplementedError
 
 

@@ -59,6 +59,7 @@ def untrained_bundle(encoder: str, settings: HeadSettings, *, image_size: int | 
             "decoder_width": settings.feedforward_width,
             "mean_token": settings.mean_token,
             "head_seed": settings.seed,
+            "keep_rule": "apart",  # a third of the slots then loses next to nothing: benchmarks/slots.py
         }
     config = bundle.config.model_copy(update=changes)
     bundle = Bundle(config, bundle.model_config, bundle.weights_uri)

@@ -267,7 +267,8 @@ class TrainingRun:
                 torch.autocast(self.device.type, dtype=self._dtype if is_lower else None, enabled=is_lower),
             ):
                 vectors = self.slots(self._features(images, batch))
-            found = max_cosines(vectors, text, keep_threshold=self.bundle.config.keep_threshold)
+            threshold, rule = self.bundle.config.keep_threshold, self.bundle.keep_rule
+            found = max_cosines(vectors, text, keep_threshold=threshold, keep_rule=rule)
             parts.append(np.where(batch.is_readable.numpy(), found.cpu().numpy(), np.float32(-2.0)))
         scores = np.empty((len(text), len(images)), np.float32)
         for rank, part in enumerate(self._gather(np.concatenate(parts, axis=1))):

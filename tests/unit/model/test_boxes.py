@@ -8,7 +8,14 @@ import torch
 from scipy import ndimage
 from torch.nn.functional import normalize
 
-from for_ray.model.boxes import attention_boxes, cluster_boxes, connected_pieces, distinct_slots
+from for_ray.model.boxes import (
+    apart_slots,
+    attention_boxes,
+    cluster_boxes,
+    connected_pieces,
+    distinct_slots,
+    kept_slots,
+)
 
 
 def test_pieces_are_scipys() -> None:
@@ -102,6 +109,36 @@ def test_a_long_chain_of_duplicates_loses_no_distinct_slot() -> None:
     expected = torch.tensor(greedy(vectors[0], float(np.cos(0.15))))
     assert bool(keep[expected].all())
     assert torch.equal(keep[:8], expected[:8])
+
+
+def test_slots_apart_are_those_unlike_the_mean_of_their_image() -> None:
+    """Against the rule written as a loop; in any batch and order the same slots are kept."""
+    generator = torch.Generator().manual_seed(2)
+    vectors = normalize(torch.randn(30, 20, 4, generator=generator) + torch.ones(4), dim=-1)
+    keep = apart_slots(vectors, 0.8)
+    for image, kept in zip(vectors.double().numpy(), keep.tolist(), strict=True):
+        mean = image.mean(axis=0)
+        assert kept == [bool(slot @ mean <= 0.8 * np.linalg.norm(mean)) for slot in image]
+    assert 0.2 < keep.float().mean() < 0.8
+    order = torch.randperm(20, generator=generator)
+    assert torch.equal(torch.cat([apart_slots(image[None, order], 0.8) for image in vectors]), keep[:, order])
+
+
+def test_one_slot_is_always_kept_apart_and_what_is_not_finite_never_beside_another() -> None:
+    equal = normalize(torch.ones(2, 5, 3), dim=-1)
+    assert apart_slots(equal, 0.9).sum(dim=1).tolist() == [1, 1]
+    assert apart_slots(equal[:, :1], 0.9).tolist() == [[True], [True]]
+    assert bool(apart_slots(equal, 1.0).all())
+    near, far = normalize(torch.tensor([[1.0, 0.1], [0.0, 1.0]]), dim=-1)
+    lost = torch.full((2,), torch.nan)
+    vectors = torch.stack([near, lost, near, near, far])[None]
+    assert apart_slots(vectors, 0.9).tolist() == [[False, False, False, False, True]]
+
+
+def test_the_rule_names_who_keeps() -> None:
+    vectors = normalize(torch.tensor([[[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]]]), dim=-1)
+    assert kept_slots(vectors, 0.85, "distinct").tolist() == [[True, False, True]]
+    assert kept_slots(vectors, 0.85, "apart").tolist() == [[False, False, True]]
 
 
 def test_equal_slots_are_kept_once_and_a_threshold_of_one_keeps_all() -> None:

@@ -105,7 +105,14 @@ def test_what_changes_vectors_changes_the_fingerprint(tmp_path: Path, changes: d
 
 
 @pytest.mark.parametrize(
-    "changes", [{"name": "other"}, {"prompts": ["{}"]}, {"decoder_layers": 1}, {"mean_token": True}]
+    "changes",
+    [
+        {"name": "other"},
+        {"prompts": ["{}"]},
+        {"decoder_layers": 1},
+        {"mean_token": True},
+        {"keep_rule": "apart"},  # of head sum alone
+    ],
 )
 def test_what_does_not_leaves_it(tmp_path: Path, changes: dict[str, Any]) -> None:
     base = open_bundle(folder(tmp_path / "a", num_slots=4)).fingerprint

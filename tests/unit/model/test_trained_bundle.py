@@ -56,6 +56,8 @@ def test_a_trained_encoder_comes_back_bit_for_bit(tmp_path: Path, pixels, head, 
         head == "sum",
     )
     assert saved.config.tuned_pooling == (freeze != "qkvo")
+    assert saved.keep_rule == ("apart" if head == "sum" else "distinct")
+    assert open_bundle(str(tmp_path / "bundle"), head="cluster").keep_rule == "distinct"
     for name, value in slots.trained_state().items():
         assert torch.equal(value, SlotModel(again.head, again.pooling, freeze=freeze).trained_state()[name])
 

@@ -119,9 +119,9 @@ def test_measures_are_those_of_the_bundle_that_comes_out(make_job, tmp_path):
     batch = reader.read(np.arange(len(job.val)))
     with torch.no_grad():
         slots = encoder.head(run._features(job.val, batch), encoder.pooling).vectors
-    from for_ray.model.boxes import distinct_slots
+    from for_ray.model.boxes import apart_slots
 
-    keep = distinct_slots(slots, encoder.bundle.config.keep_threshold)
+    keep = apart_slots(slots, encoder.bundle.config.keep_threshold)
     for image in range(len(job.val)):
         expected = (slots[image][keep[image]] @ text.T).amax(dim=0)
         np.testing.assert_allclose(scores[:, image], expected, atol=1e-5)
