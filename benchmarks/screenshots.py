@@ -78,6 +78,7 @@ def open_page(browser: Any, url: str, asked: dict[str, str], **options: Any) -> 
 
 def take_readme(browser: Any, url: str, question: str, out: Path) -> None:
     """The answer to a question, and its first image large."""
+    here = f"{Path.cwd()}/"
     page = open_page(browser, url, {"q": question}, **DESKTOP)
     page.locator(".tile").first.hover()
     save(page, out / "page.jpg")
@@ -85,6 +86,8 @@ def take_readme(browser: Any, url: str, question: str, out: Path) -> None:
     page.locator(".slot").first.wait_for()
     page.mouse.move(0, 0)
     page.wait_for_load_state("networkidle")
+    # Images on disk have absolute paths: the picture shows them from this folder on.
+    page.locator(".uri").evaluate("(uri, here) => uri.textContent = uri.textContent.replace(here, '')", here)
     save(page, out / "page-viewer.jpg")
 
 
@@ -115,7 +118,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--index", default="demo/index", help="the demo's index; `make demo` makes it")
     parser.add_argument("--out", type=Path, default=Path("docs"), help="where the pictures go")
-    parser.add_argument("--question", default="a bicycle AND a cat", help="what is asked")
+    parser.add_argument("--question", default="a keyboard AND a basketball", help="what is asked")
     parser.add_argument("--all", action="store_true", help="also what README does not show")
     options = parser.parse_args()
     from playwright.sync_api import sync_playwright

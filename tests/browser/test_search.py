@@ -295,4 +295,5 @@ def test_address_holds_all_of_it(tab: Any, open_tab: Any) -> None:
     ):
         assert read(other) == read(tab)
     other.page.keyboard.press("Escape")
-    assert "image" not in parse_qs(other.query()[1:])
+    other.wait("!location.search.includes('image=')")
+    assert parse_qs(other.query()[1:]).keys() == {"q", "glob", "fold", "k"}
