@@ -196,7 +196,8 @@ class _Intake:
         show("committed_images", self._num_committed, job=self._tag)
 
 
-def _data_context() -> DataContext:
+def data_context() -> DataContext:
+    """How Ray Data runs here: quiet on the console, patient, and with a bound to its retries."""
     context = copy.deepcopy(DataContext.get_current())
     context.enable_progress_bars = False
     context.print_on_execution_start = False
@@ -232,7 +233,7 @@ def make_dataset(
     encoded = make_encoded(
         gap_uri, job=job, pool=pool, num_images=num_images, read=read, encode_with=encode_with
     )
-    with DataContext.current(encoded.context), _quiet_options():
+    with DataContext.current(encoded.context), quiet_options():
         return encoded.map_batches(
             measured_write,
             fn_kwargs={"job": job},
@@ -264,7 +265,7 @@ def make_encoded(
         encode_with: The actors' class instead of the job's own.
     """
     block_rows = job.block_rows(num_images, pool.max_actors)
-    with DataContext.current(_data_context()), _quiet_options():
+    with DataContext.current(data_context()), quiet_options():
         decoded = (
             _listed(gap)
             .repartition(target_num_rows_per_block=block_rows)
@@ -287,7 +288,7 @@ def make_encoded(
             ),
             num_gpus=pool.num_gpus,
             num_cpus=pool.num_cpus,
-            ray_remote_args_fn=_actor_options,
+            ray_remote_args_fn=actor_options,
         )
 
 
@@ -299,14 +300,16 @@ def _listed(gap: str | pa.Table) -> Dataset:
 
 
 @contextlib.contextmanager
-def _quiet_options() -> Iterator[None]:
+def quiet_options() -> Iterator[None]:
+    """Without Ray's warnings about the options that stages are given."""
     # Named options for what bounds the retries do not exist yet; the old way is said to end with Ray 2.64.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         yield
 
 
-def _actor_options() -> dict[str, int]:
+def actor_options() -> dict[str, int]:
+    """How often Ray tries an actor's call again."""
     return {"max_task_retries": TASK_RETRIES}
 
 

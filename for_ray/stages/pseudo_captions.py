@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import ray
 from numpy.typing import NDArray
-from ray.data import ActorPoolStrategy
+from ray.data import ActorPoolStrategy, DataContext
 
 from for_ray.datasets.labelled import Ragged
 from for_ray.evaluation.similarity import VectorSets
@@ -26,7 +26,7 @@ from for_ray.index.search import SegmentSet
 from for_ray.index.segment import build_segment
 from for_ray.model.bundle import Bundle
 from for_ray.schema import image_ids_of, pack_vector_ids
-from for_ray.stages.encode import Pool
+from for_ray.stages.encode import Pool, actor_options, data_context, quiet_options
 
 CAPTIONS_A_BLOCK = 2048
 
@@ -59,19 +59,21 @@ def embed_captions(
     """
     rows = pa.table({"row": np.arange(len(texts)), "text": pa.array(texts, pa.large_string())})
     vectors = np.memmap(path, np.float16, "w+", shape=(len(texts), bundle.dim))
-    found = (
-        ray.data.from_arrow(rows)
-        .repartition(target_num_rows_per_block=CAPTIONS_A_BLOCK)
-        .map_batches(
-            EmbedTexts,
-            fn_constructor_args=(bundle, "cpu" if device == "cpu" else "auto"),
-            batch_size=CAPTIONS_A_BLOCK,
-            batch_format="pyarrow",
-            compute=ActorPoolStrategy(min_size=pool.min_actors, max_size=pool.max_actors),
-            num_gpus=pool.num_gpus,
-            num_cpus=pool.num_cpus,
+    with DataContext.current(data_context()), quiet_options():
+        found = (
+            ray.data.from_arrow(rows)
+            .repartition(target_num_rows_per_block=CAPTIONS_A_BLOCK)
+            .map_batches(
+                EmbedTexts,
+                fn_constructor_args=(bundle, "cpu" if device == "cpu" else "auto"),
+                batch_size=CAPTIONS_A_BLOCK,
+                batch_format="pyarrow",
+                compute=ActorPoolStrategy(min_size=pool.min_actors, max_size=pool.max_actors),
+                num_gpus=pool.num_gpus,
+                num_cpus=pool.num_cpus,
+                ray_remote_args_fn=actor_options,
+            )
         )
-    )
     num_done = 0
     for block in found.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
         flat = block["vector"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
@@ -90,8 +92,11 @@ class EmbedTexts:
     """
 
     def __init__(self, bundle: Bundle, device: str) -> None:
+        import torch
+
         from for_ray.model.encoder import load_encoder
 
+        torch.set_num_threads(1)  # a CPU has an actor
         self._encoder = load_encoder(bundle, device)
 
     def __call__(self, block: pa.Table) -> pa.Table:
