@@ -22,13 +22,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from for_ray.errors import DataError
+from for_ray.errors import DataError, StorageError
 from for_ray.index.table import write_fragments
 from for_ray.model.bundle import Bundle, open_bundle
 from for_ray.model.preprocess import Interpolation, ResizeMode, decode, uncrop_boxes
 from for_ray.schema import BOXES_TYPE, pack_boxes, vectors_type
 from for_ray.stages.apart import Apart, Decode
-from for_ray.storage import ObjectChanged, ObjectGone, read_image
+from for_ray.storage import ObjectChanged, ObjectDenied, ObjectGone, read_image
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,8 +39,9 @@ BLOCK_BYTES = 48 * 2**20
 FRAGMENT_BYTES = 128 * 2**20
 """Vectors of a fragment, at most: what a writing task holds in memory."""
 
-OK, GONE, CHANGED = 0, 1, 2
-"""The `status` of a row on its way: to be stored, or passed over: deleted, replaced since the listing."""
+OK, GONE, CHANGED, _DENIED = range(4)
+"""The `status` of a row on its way: to be stored, or passed over: deleted, replaced since the listing. Denied
+are rows of which it is not known yet whether others can be read."""
 
 
 @dataclass(frozen=True)
@@ -215,7 +216,7 @@ def read_block(block: pa.Table, *, job: ImageJob, is_apart: bool = False) -> pa.
         have pixels come first, so that the encoder sees them in one piece.
 
     Raises:
-        StorageError: The store refused, or the network failed again and again.
+        StorageError: The store refused all rows, or the network failed again and again.
     """
     size = job.image_size
     pixels = np.zeros((block.num_rows, 3, size, size), np.uint8)
@@ -223,6 +224,7 @@ def read_block(block: pa.Table, *, job: ImageJob, is_apart: bool = False) -> pa.
     num_threads = min(job.read_threads, max(block.num_rows, 1))
     with _decoder(job, is_apart=is_apart) as decode_with, ThreadPoolExecutor(num_threads) as pool:
         outcomes = list(pool.map(partial(_read_row, pixels=pixels, decode_with=decode_with), rows))
+    outcomes = _with_denied(outcomes)
     columns = list(zip(*outcomes, strict=True)) or [(), (), (), ()]
     for name, kind, values in zip(_READ_COLUMNS, _READ_COLUMNS.values(), columns, strict=True):
         block = block.append_column(name, pa.array(values, kind))
@@ -259,10 +261,24 @@ def _read_row(row: tuple[int, str, str], *, pixels: NDArray[np.uint8], decode_wi
         return None, None, None, GONE
     except ObjectChanged:
         return None, None, None, CHANGED
+    except ObjectDenied as error:
+        return None, None, str(error), _DENIED
     except DataError as error:
         return None, None, str(error), OK
     pixels[position] = decoded.pixels
     return decoded.width, decoded.height, None, OK
+
+
+def _with_denied(outcomes: list[_Outcome]) -> list[_Outcome]:
+    """What may not be read is quarantined; where none of several may be, it is the credentials' fault."""
+    denied = [reason for _, _, reason, status in outcomes if status == _DENIED]
+    if len(denied) == len(outcomes) > 1:
+        raise StorageError(denied[0])
+    return [_quarantined(outcome) if outcome[3] == _DENIED else outcome for outcome in outcomes]
+
+
+def _quarantined(denied: _Outcome) -> _Outcome:
+    return None, None, f"{denied[2]}; then run with --retry-quarantined", OK
 
 
 # Encoding: an actor

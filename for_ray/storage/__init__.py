@@ -23,7 +23,7 @@ from for_ray.storage.objects import (
     upload,
     write_bytes,
 )
-from for_ray.storage.refusals import ConditionFailed, ObjectChanged, ObjectGone
+from for_ray.storage.refusals import ConditionFailed, ObjectChanged, ObjectDenied, ObjectGone
 from for_ray.storage.spill import Spill
 from for_ray.storage.tars import list_members, read_image
 from for_ray.storage.uris import canonical_uri, is_s3, join_uri, local_path, shown, split_s3
@@ -33,6 +33,7 @@ __all__ = [
     "Entry",
     "Lease",
     "ObjectChanged",
+    "ObjectDenied",
     "ObjectGone",
     "Spill",
     "arrow_filesystem",

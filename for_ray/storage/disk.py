@@ -14,7 +14,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 from for_ray.errors import DataError, StorageError
-from for_ray.storage.refusals import ConditionFailed, ObjectChanged, ObjectGone, disk_refusal, disk_refusals
+from for_ray.storage.refusals import (
+    ConditionFailed,
+    ObjectChanged,
+    ObjectDenied,
+    ObjectGone,
+    disk_refusal,
+    disk_refusals,
+)
 from for_ray.storage.uris import shown
 
 ETAG_PREFIX = "mtime-"
@@ -126,7 +133,10 @@ def read_bytes(path: Path, etag: str | None, start: int, length: int | None, max
     except (FileNotFoundError, NotADirectoryError) as error:
         raise ObjectGone(f"{shown(str(path))} is not there any more") from error
     except OSError as error:
-        raise disk_refusal(error, "read", str(path)) from error
+        refusal = disk_refusal(error, "read", str(path))
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EIO):
+            raise ObjectDenied(str(refusal)) from error
+        raise refusal from error
 
 
 def _read(descriptor: int, length: int | None) -> bytes:

@@ -19,6 +19,10 @@ class ObjectChanged(DataError):  # noqa: N818
     """The object is not the one that was listed: its etag is another."""
 
 
+class ObjectDenied(StorageError):  # noqa: N818
+    """This object may not be read, or the disk fails to; others may well be."""
+
+
 class ConditionFailed(StorageError):  # noqa: N818
     """A conditional write lost: the object exists already, or has another etag than the caller knew."""
 

@@ -30,11 +30,19 @@ from for_ray.command import is_command
 from for_ray.errors import DataError, StorageError
 from for_ray.storage import patience
 from for_ray.storage.disk import Entry, replacing
-from for_ray.storage.refusals import ConditionFailed, ObjectChanged, ObjectGone, disk_refusals, s3_refusal
+from for_ray.storage.refusals import (
+    ConditionFailed,
+    ObjectChanged,
+    ObjectDenied,
+    ObjectGone,
+    disk_refusals,
+    s3_refusal,
+)
 from for_ray.storage.uris import shown, split_s3
 
 _MOVED = ("PreconditionFailed", "412", "ConditionalRequestConflict", "409")
 _GONE = ("NoSuchKey", "404", "NoSuchVersion")
+_DENIED = ("AccessDenied", "AllAccessDisabled", "403")
 _BROKEN_OFF = (ResponseStreamingError, IncompleteReadError, ReadTimeoutError, ConnectionClosedError)
 
 
@@ -173,6 +181,8 @@ def _get(client: Any, uri: str, wanted: dict[str, Any]) -> dict[str, Any]:
         answer: dict[str, Any] = client.get_object(**wanted)
     except ClientError as error:
         _raise_if_data(uri, error)
+        if _code(error) in _DENIED:
+            raise ObjectDenied(str(s3_refusal(error, "read", uri, client.meta.endpoint_url))) from error
         raise
     return answer
 

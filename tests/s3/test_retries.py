@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from for_ray.errors import DataError, ForRayError, StorageError
-from for_ray.storage import download, list_objects, read_bytes, write_bytes
+from for_ray.storage import ObjectDenied, download, list_objects, read_bytes, write_bytes
 from for_ray.storage.patience import NUM_ATTEMPTS
 
 pytestmark = pytest.mark.s3
@@ -106,7 +106,7 @@ def test_lasting_trouble_ends_with_one_line(store, trouble, reason):
 @pytest.mark.parametrize(
     ("trouble", "kind", "reason"),
     [
-        ("403 AccessDenied", StorageError, "access is denied; check which credentials are used"),
+        ("403 AccessDenied", ObjectDenied, "access is denied; check which credentials are used"),
         ("400 ExpiredToken", StorageError, "the credentials have expired; log in again"),
         ("403 RequestTimeTooSkewed", StorageError, "clock and the store's differ by too much; set the clock"),
         ("507 InsufficientStorage", StorageError, "the store is full"),

@@ -99,6 +99,20 @@ def test_a_store_that_refuses_is_no_bad_image(job, listed, monkeypatch):
         read_block(listed, job=job)
 
 
+def test_an_image_that_may_not_be_read_is_quarantined_beside_others(job, listed):
+    """Reading this process's memory at 0 is an input/output error, as of a bad sector."""
+    listed = listed.slice(0, 2).set_column(0, "uri", [[listed["uri"][0].as_py(), "/proc/self/mem"]])
+    listed = listed.set_column(1, "etag", [["", ""]])
+    for rows in (listed, listed.slice(1)):
+        block = read_block(rows, job=job)
+        assert block["status"].to_pylist() == [OK] * rows.num_rows
+        assert block["error"][-1].as_py().startswith("cannot read /proc/self/mem: ")
+        assert block["error"][-1].as_py().endswith("; then run with --retry-quarantined")
+    assert block["width"].to_pylist() == [None]
+    with pytest.raises(StorageError, match="cannot read /proc/self/mem"):
+        read_block(pa.concat_tables([listed.slice(1)] * 2), job=job)
+
+
 def test_rows_are_stored_once_with_vectors_boxes_and_metadata(job, listed, tmp_path):
     written = write_block(EncodeImages(job, 1)(read_block(listed, job=job)), job=job)
     counts = EncodeCounts(*(written[name][0].as_py() for name in EncodeCounts._fields))
