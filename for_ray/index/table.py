@@ -298,8 +298,8 @@ def sweep_versions(table_uri: str, kept: Iterable[int]) -> None:
     """Remove the versions of the table that nobody needs, with the files that only these refer to.
 
     Kept are the latest version and those in `kept`, which get a tag unless they are lost; tags of others go.
-    Files that no version refers to, as a killed task leaves them, go when they are a week old: until then these
-    might be of a commit to come.
+    Files that no version refers to, as a killed task leaves them, go when they are a week old: until then
+    they might be of a commit to come.
     """
     table = require_table(table_uri)
     with lance_refusals(table_uri):
