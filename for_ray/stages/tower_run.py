@@ -235,15 +235,15 @@ class TowerRun:
             raise ValueError("the images are not embedded")
         tokenize = make_tokens(self.bundle)
         for index, places in enumerate(batches):
-            # By worker, so that each worker's part is one piece: the loss does not depend on the order.
-            parts = [self._rows[places[rank :: self._world]] for rank in range(self._world)]
+            rows = self._rows[places]
             rng = np.random.default_rng([self.job.seed, epoch, index])
-            texts = [[self._draw_caption(rng, row) for row in part.tolist()] for part in parts]
+            drawn = [self._draw_caption(rng, row) for row in rows.tolist()]
+            # By worker, so that each worker's part is one piece: the loss does not depend on the order.
+            parts = [rows[rank :: self._world] for rank in range(self._world)]
             first = sum(len(part) for part in parts[: self._rank])
             images = self._vectors[torch.from_numpy(np.concatenate(parts))]
-            yield PairBatch(
-                tokenize(texts[self._rank]).to(self.device), images.float().to(self.device), first
-            )
+            tokens = tokenize(drawn[self._rank :: self._world])
+            yield PairBatch(tokens.to(self.device), images.float().to(self.device), first)
 
     def _draw_caption(self, rng: np.random.Generator, row: int) -> str:
         own = self.job.of_image.row(row)

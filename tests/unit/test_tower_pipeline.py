@@ -12,9 +12,11 @@ import torch
 from for_ray.config import FinetuneSettings, PseudoCaptionSettings, read_settings
 from for_ray.datasets.instances import write_instances
 from for_ray.datasets.labelled import Ragged
+from for_ray.datasets.sampling import epoch_batches
 from for_ray.errors import ConfigError, DataError
 from for_ray.model.bundle import open_bundle
 from for_ray.model.finetuning import HaltedError
+from for_ray.model.tower_tuning import PairBatch
 from for_ray.pipeline.tower_tuning import TowerTuning, make_tower_job, run_tower_tuning
 from for_ray.stages.caption_table import CaptionRun, CaptionTable, write_captions
 from for_ray.stages.progress import Progress
@@ -135,6 +137,25 @@ def test_a_tuning_goes_from_images_to_a_bundle_and_on_from_a_checkpoint(given, h
         assert set(whole.history[0].losses) == names
         assert bundles[recipe].config.recipes == recipe
     assert len({bundle.fingerprint for bundle in bundles.values()}) == 3
+
+
+def test_two_workers_draw_the_captions_that_one_draws(given, home, tmp_path):
+    images = sorted((home / "set" / "images").iterdir())
+    pairs = [f"{path},number {3 * row + again}" for row, path in enumerate(images) for again in range(3)]
+    (tmp_path / "pairs.csv").write_text("\n".join(["uri,caption", *pairs]))
+    job = make_tower_job(settings_of(given, home, "realign", dataset=f"pairs:{tmp_path}/pairs.csv"))
+    batches = epoch_batches(12, batch_size=5, seed=job.seed, epoch=0)
+
+    def read(rank: int, world: int) -> list[PairBatch]:
+        run = TowerRun(job, device="cpu", rank=rank, world=world)
+        run._embed_images()  # the first of them wrote the vectors that the others read
+        return list(run._pairs(batches, epoch=0))
+
+    for whole, *parts in zip(read(0, 1), read(0, 2), read(1, 2), strict=True):
+        assert [part.first for part in parts] == [0, len(parts[0].tokens)]
+        for rank, part in enumerate(parts):
+            assert torch.equal(part.tokens, whole.tokens[rank::2])
+            assert torch.equal(part.images, torch.cat([whole.images[0::2], whole.images[1::2]]))
 
 
 def test_classes_are_learnt(given, home):
