@@ -34,7 +34,7 @@ demo: .venv/installed  ## draw 1,000 images, index them, search three times, wri
 
 serve: .venv/installed  ## search page of the demo's index on http://127.0.0.1:8000 (makes the index if it is missing)
 	@test -d demo/index || $(MAKE) demo
-	$(BIN)/python jobs/serve.py --index demo/index --local
+	$(BIN)/python jobs/serve.py --index demo/index --local --examples "a bicycle; a keyboard AND a basketball; a dog NOT a car"
 
 check: .venv/installed  ## format, lint, types, import directions
 	$(BIN)/ruff format --check .
