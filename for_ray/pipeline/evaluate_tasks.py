@@ -181,6 +181,12 @@ class TaskRun:
         classes, vectors = _some(images.classes[is_read], images.name), embedded.select(is_read)
         if self._settings.task == "knn":
             return {"accuracy": self._knn(bundle, vectors, classes)}, len(classes), num_classes
+        if np.bincount(classes).max() < 2:
+            num_unread = len(images.uris) - len(classes)
+            raise DataError(
+                f"--task image-to-image: no class of {images.name} has two images that can be read to find "
+                f"each other; {num_unread:,} cannot be read"
+            )
         ranked = image_to_image(vectors, classes)
         measures = {"mAP": ranked.mean_average_precision, "R@1": ranked.recall_at_1}
         return measures, len(classes), num_classes | {"alone_in_their_class": ranked.num_alone}
