@@ -23,11 +23,14 @@ TOWER_DEFAULTS: dict[str, dict[str, Any]] = {
 }
 """What the second paper trains with, where it differs from the defaults."""
 
-TOWER_FIELDS = frozenset(
-    {
-        *("captions", "tune_blocks", "tune_projection", "lr_end", "proxies_lr_factor", "scale", "margin"),
-        *("gamma_classes", "gamma_captions", "captions_per_image", "caption_threshold"),
-    }
+CLASS_FIELDS = frozenset({"proxies_lr_factor", "scale", "margin"})
+"""Settings of the recipes that learn classes, `gpr` and `mcip`."""
+
+CAPTION_FIELDS = frozenset({"gamma_classes", "gamma_captions", "captions_per_image", "caption_threshold"})
+"""Settings of recipe `mcip` alone; without --captions it is refused on its own."""
+
+TOWER_FIELDS = (
+    CLASS_FIELDS | CAPTION_FIELDS | frozenset({"captions", "tune_blocks", "tune_projection", "lr_end"})
 )
 """Settings of the second paper's recipes alone."""
 
@@ -39,6 +42,14 @@ HEAD_FIELDS = frozenset(
     }
 )
 """Settings of recipe `for` alone."""
+
+REFUSED: dict[str, frozenset[str]] = {
+    "for": TOWER_FIELDS,
+    "gpr": HEAD_FIELDS | CAPTION_FIELDS,
+    "mcip": HEAD_FIELDS,
+    "realign": HEAD_FIELDS | CAPTION_FIELDS | CLASS_FIELDS,
+}
+"""For each recipe the settings of others, which would change nothing."""
 
 
 class FinetuneSettings(Settings):
@@ -157,8 +168,10 @@ class FinetuneSettings(Settings):
     proxies_lr_factor: float = Field(
         100.0, gt=0, le=1e6, description="recipes gpr, mcip: the proxies' learning rate in units of lr"
     )
-    scale: float = Field(30.0, gt=0, le=1000, description="s of the margin losses")
-    margin: float = Field(0.1, ge=0, lt=3.14, description="m of the margin losses, radians")
+    scale: float = Field(30.0, gt=0, le=1000, description="recipes gpr, mcip: s of the margin losses")
+    margin: float = Field(
+        0.1, ge=0, lt=3.14, description="recipes gpr, mcip: m of the margin losses, radians"
+    )
     gamma_classes: float = Field(0.5, ge=0, le=1e4, description="recipe mcip: weight of the loss on classes")
     gamma_captions: float = Field(
         0.5, ge=0, le=1e4, description="recipe mcip: weight of the loss on pseudo-captions"
@@ -202,11 +215,11 @@ class FinetuneSettings(Settings):
         """What is not given is as the recipe's paper has it; a setting of another recipe is refused."""
         if not isinstance(given, dict):
             return given
-        recipe = given.get("recipe", "for")
-        if other := sorted((TOWER_FIELDS if recipe == "for" else HEAD_FIELDS) & set(given)):
+        recipe = str(given.get("recipe", "for"))
+        if other := sorted(REFUSED.get(recipe, frozenset()) & set(given)):
             named = ", ".join(f"--{name.replace('_', '-')}" for name in other)
             raise ValueError(f"{named}: not a setting of recipe {recipe}")
-        return TOWER_DEFAULTS.get(str(recipe), {}) | given
+        return TOWER_DEFAULTS.get(recipe, {}) | given
 
     @property
     def has_sup(self) -> bool:

@@ -86,6 +86,17 @@ def test_each_recipe_has_its_papers_defaults():
         (["--recipe", "gpr", "--captions", "c"], "needs --captions"),
         (["--recipe", "gpr", "--slots", "5"], "--slots: not a setting of recipe gpr"),
         (["--losses", "sup", "--margin", "0.2"], "--margin: not a setting of recipe for"),
+        (
+            ["--recipe", "gpr", "--gamma-captions", "2", "--caption-threshold", "0.3"],
+            "^--caption-threshold, --gamma-captions: not a setting of recipe gpr$",
+        ),
+        (["--recipe", "realign", "--scale", "9", "--margin", "0.2"], "--margin, --scale: not a setting of"),
+        (["--recipe", "realign", "--gamma-classes", "1"], "--gamma-classes: not a setting of recipe realign"),
+        (["--recipe", "realign", "--proxies-lr-factor", "2"], "--proxies-lr-factor: not a setting of"),
+        (
+            ["--recipe", "gprs", "--margin", "0.2"],
+            r"--recipe \(or FOR_RAY_RECIPE\): input should be 'for', 'gpr'",
+        ),
         (["--recipe", "realign", "--tune-blocks", "2"], "locks the image tower"),
         (["--recipe", "realign", "--split", "s"], "recipe realign has captions"),
         (["--recipe", "gpr", "--lr-end", "0.1"], "is above lr"),
