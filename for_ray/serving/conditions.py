@@ -26,14 +26,18 @@ _WORDS = frozenset({
 })  # fmt: skip
 """Of SQL itself, and types with a size."""
 
+MAX_TOKENS = 200
+"""Of a condition: names, values, operators, parentheses. Lance reads nested ones by recursion."""
+
 _TOKEN = re.compile(
     r"""(?P<comment>--|/\*)
       | (?P<prefixed>\w+)(?=')
-      | (?P<string>'[^']*')
+      | '[^']*'
       | (?P<quoted>"[^"]*"|`[^`]*`)(?P<quoted_call>\s*\()?
       | (?P<called>\w+)\s*\(
       | \w+
-      | (?P<dollar>\$)""",
+      | <>|!=|<=|>=|[-=<>+*/%(),.\[\]]
+      | (?P<other>\S)""",
     re.VERBOSE,
 )
 
@@ -42,15 +46,26 @@ def check_condition(where: str) -> str:
     """The condition, where a client may filter with it.
 
     Raises:
-        ConfigError: It has a comment, a string with a prefix, or a function that is not among `FUNCTIONS`.
+        ConfigError: It is too long, or has a comment, an operator that is not served (`||` makes texts longer
+            and longer, `?` and `:name` stand for values that nobody gives), a string with a prefix, or a
+            function that is not among `FUNCTIONS`.
     """
-    for token in _TOKEN.finditer(where):
-        if token["comment"] or token["dollar"]:
-            raise ConfigError(f"the filter has a {token[0]!r} outside of a string: leave it out")
-        if token["prefixed"]:
-            raise ConfigError(f"the filter has {token[0]!r} right before a string: put a space between them")
-        name = token["called"] or (token["quoted"] if token["quoted_call"] else None)
-        if name is not None and name.lower() not in FUNCTIONS | _WORDS:
-            known = ", ".join(sorted(FUNCTIONS))
-            raise ConfigError(f"the filter's function {name} is not one of those served: {known}")
+    for number, token in enumerate(_TOKEN.finditer(where)):
+        if number == MAX_TOKENS:
+            found = f"the filter has more than {MAX_TOKENS} names, values and operators"
+            raise ConfigError(f"{found}: make it shorter, or give image ids")
+        _check_token(token)
     return where
+
+
+def _check_token(token: re.Match[str]) -> None:
+    if token["other"] in {"'", '"', "`"}:
+        raise ConfigError(f"the filter has a {token[0]} that is never closed: close it")
+    if token["comment"] or token["other"]:
+        raise ConfigError(f"the filter has a {token[0]!r} outside of a string: leave it out")
+    if token["prefixed"]:
+        raise ConfigError(f"the filter has {token[0]!r} right before a string: put a space between them")
+    name = token["called"] or (token["quoted"] if token["quoted_call"] else None)
+    if name is not None and name.lower() not in FUNCTIONS | _WORDS:
+        known = ", ".join(sorted(FUNCTIONS))
+        raise ConfigError(f"the filter's function {name} is not one of those served: {known}")

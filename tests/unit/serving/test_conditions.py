@@ -19,6 +19,9 @@ from for_ray.serving.conditions import check_condition
         "`repeat` = 2 and (width) > 3",
         "encoded_at > timestamp '2026-01-01'",
         "price_repeat > 3",
+        "-1.5e-3 + width * 2 / 3 % 4 != tags[1] and a.b <> 2 and height <= 1 and width >= 2 or x < 3",
+        "note = 'a || b ? :c'",
+        f"camera IN ({', '.join('1' * 90)})",
     ],
 )
 def test_conditions_that_pass(where: str) -> None:
@@ -45,6 +48,20 @@ def test_conditions_that_pass(where: str) -> None:
         ("a.repeat(uri, 9) = 'x'", "function repeat"),
         ("répéter(uri) = 'x'", "function répéter"),
         ("replace(uri, 'a', 'bb') = 'x'", "function replace"),
+        ("uri||uri = 'x'", "'\\|' outside"),
+        ("uri | | uri = 'x'", "'\\|' outside"),
+        ("width = ?", "'\\?' outside"),
+        ("width = :x", "':' outside"),
+        ("width = @x", "'@' outside"),
+        ("width::int = 1", "':' outside"),
+        ("width = 1; drop", "';' outside"),
+        ("width = 1 \\ 2", "outside"),
+        ("width ^ 2 = 1 # x", "'\\^' outside"),
+        ("uri ~ 'x'", "'~' outside"),
+        ("width ! 1", "'!' outside"),
+        ("note = 'it", "' that is never closed"),
+        ("width" + "+1" * 100 + " > 0", "more than 200 names"),
+        ("NOT " * 300 + "width > 0", "more than 200 names"),
     ],
 )
 def test_conditions_that_do_not(where: str, words: str) -> None:

@@ -224,6 +224,28 @@ def test_long_questions_are_refused(client: TestClient) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("where", "words"),
+    [
+        ("||".join(["uri"] * 1900) + " = 'x'", "'|' outside"),
+        ("width" + "+1" * 4000 + " > 0", "more than 200"),
+        ("width = ?", "'?' outside"),
+        ("width = :x", "':' outside"),
+    ],
+    ids=["long", "deep", "placeholder", "name"],
+)
+@pytest.mark.parametrize("route", ["/search", "/export"])
+def test_filters_that_would_fill_the_memory_or_end_the_planner_are_refused(
+    client: TestClient, route: str, where: str, words: str
+) -> None:
+    question = {"text": "a", "filters": {"where": where}}
+    body = question if route == "/search" else {"format": "csv", "question": question}
+    answer = client.post(route, json=body)
+    assert (answer.status_code, answer.json()["code"]) == (400, "request")
+    assert words in answer.json()["error"]
+    assert "\n" not in answer.json()["error"]
+
+
 def test_large_bodies_are_refused(served: Served) -> None:
     client = served.client(max_body_bytes=10_000)
     body = json.dumps({"image": "A" * 10_000}).encode()
