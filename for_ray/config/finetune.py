@@ -27,7 +27,7 @@ CLASS_FIELDS = frozenset({"proxies_lr_factor", "scale", "margin"})
 """Settings of the recipes that learn classes, `gpr` and `mcip`."""
 
 CAPTION_FIELDS = frozenset({"gamma_classes", "gamma_captions", "captions_per_image", "caption_threshold"})
-"""Settings of recipe `mcip` alone; without --captions it is refused on its own."""
+"""Settings of recipe `mcip` alone, besides `captions`, of which there is more to say."""
 
 TOWER_FIELDS = (
     CLASS_FIELDS | CAPTION_FIELDS | frozenset({"captions", "tune_blocks", "tune_projection", "lr_end"})

@@ -211,11 +211,12 @@ class TowerTuning(HeadTuning):
         of_image, vectors = Ragged(np.zeros(len(rows) + 1, np.int64), np.empty(0, np.int32)), None
         if settings.captions is not None:
             table = self._read_captions(settings.captions)
+            asked = uris.to_pylist()
             of_image = table.nearest(
-                uris.to_pylist(), threshold=settings.caption_threshold, most=settings.captions_per_image
+                asked, threshold=settings.caption_threshold, most=settings.captions_per_image
             )
             vectors = table.vectors
-            self._tell_captions(of_image)
+            self._tell_captions(of_image, table.holds(asked))
         return _Dataset(dataset.name, images, len(names), of_image, vectors)
 
     def _read_captions(self, output: str) -> CaptionTable:
@@ -232,18 +233,25 @@ class TowerTuning(HeadTuning):
             )
         return table
 
-    def _tell_captions(self, of_image: Ragged) -> None:
-        threshold = self.settings.caption_threshold
+    def _tell_captions(self, of_image: Ragged, is_held: NDArray[np.bool_]) -> None:
+        """Say how many captions the images have; refuse none at all, and those of other images."""
+        threshold, output = self.settings.caption_threshold, self.settings.captions
+        if not is_held.any():
+            raise DataError(
+                f"{output} was made for other images: none of these {len(is_held):,} is in it; run "
+                "jobs/pseudo_caption.py with this --dataset"
+            )
         lengths = np.diff(of_image.offsets)
         if not lengths.any():
             raise DataError(
-                f"no image has a pseudo-caption of cosine {threshold} or more in {self.settings.captions}: "
+                f"no image has a pseudo-caption of cosine {threshold} or more in {output}: "
                 "lower --caption-threshold, there and here, or take --recipe gpr"
             )
-        bare = int((lengths == 0).sum())
+        num_bare = int((lengths[is_held] == 0).sum())
         self.progress.say(
-            f"pseudo-captions: {lengths.mean():.1f} an image, {bare:,} images without one over {threshold}: "
-            "the loss on captions leaves these out"
+            f"pseudo-captions: {lengths.mean():.1f} an image, {num_bare:,} images without one over "
+            f"{threshold}, {int((~is_held).sum()):,} that are not in {output}: the loss on captions leaves "
+            "these out"
         )
 
     def _read_pairs(self) -> _Dataset:

@@ -79,6 +79,11 @@ class CaptionTable:
     texts: list[str]
     vectors: NDArray[np.float16]
 
+    def holds(self, uris: list[str]) -> NDArray[np.bool_]:
+        """Whether these images were compared; what could not be read was not."""
+        known = set(self.uris)
+        return np.array([uri in known for uri in uris], bool)
+
     def nearest(self, uris: list[str], *, threshold: float, most: int) -> Ragged:
         """For each of these images its nearest captions over the threshold; none where it is not there.
 

@@ -201,8 +201,15 @@ def test_what_is_left_out_is_counted(given, home, tmp_path):
     TowerTuning(settings_of(given, home, "mcip"), progress)
     said = "labels labels: 12 images of 4 classes, 0 with one image; 0 images without a class are left out"
     assert said in heard
-    captions = "pseudo-captions: 1.3 an image, 4 images without one over 0.27: the loss on captions leaves"
-    assert any(line.startswith(captions) for line in heard)
+    told = (
+        "pseudo-captions: {} an image, {} images without one over 0.27, {} that are not in {}: the loss on "
+    )
+    told += "captions leaves these out"
+    assert told.format("1.3", 4, 0, home / "captions") in heard
+    rows = (home / "set" / "labels.csv").read_text().replace("images/", f"{home}/set/images/")
+    (tmp_path / "more.csv").write_text(f"{rows}/1.jpg,a\n/2.jpg,a\n/3.jpg,b\n/4.jpg,b\n")
+    TowerTuning(settings_of(given, home, "mcip", dataset=f"labels:{tmp_path}/more.csv"), progress)
+    assert told.format("1.0", 4, 4, home / "captions") in heard
     (tmp_path / "set.csv").write_text("uri,label\n/1,a\n/2,a\n/3,b\n/4,c\n")
     (tmp_path / "split.json").write_text('{"base": ["a", "b"], "novel": []}')
     more = {"dataset": f"labels:{tmp_path}/set.csv", "split": f"{tmp_path}/split.json"}
@@ -229,6 +236,9 @@ def test_bad_data_is_refused_before_anything_is_written(given, home, tmp_path):
     (tmp_path / "one.csv").write_text("uri,label\n/1,a\n/2,a\n")
     refuse(DataError, "--recipe gpr needs two classes at least", "gpr", dataset=f"labels:{tmp_path}/one.csv")
     refuse(DataError, "no image has a pseudo-caption of cosine 0.9 or more", "mcip", caption_threshold=0.9)
+    (tmp_path / "other.csv").write_text("uri,label\n/1,a\n/2,b\n")
+    other = "captions was made for other images: none of these 2 is in it"
+    refuse(DataError, other, "mcip", dataset=f"labels:{tmp_path}/other.csv")
     refuse(DataError, "no pseudo-captions at", "mcip", captions=str(tmp_path))
     refuse(ConfigError, "were compared by another encoder", "mcip", image_size=32)
     refuse(ConfigError, "no captioned images", "realign", dataset="coco:a")

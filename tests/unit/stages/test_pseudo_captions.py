@@ -84,6 +84,7 @@ def test_a_table_is_read_as_it_was_written(tmp_path):
         np.testing.assert_array_equal(getattr(found, name), getattr(table(), name))
     near = found.nearest(["/c.jpg", "/new.jpg", "/a.jpg", "/b.jpg"], threshold=0.2, most=20)
     assert [near.row(row).tolist() for row in range(4)] == [[0], [], [1, 0], []]
+    assert found.holds(["/c.jpg", "/new.jpg", "/b.jpg"]).tolist() == [True, False, True]
     assert found.nearest(["/a.jpg"], threshold=0.4, most=20).row(0).tolist() == [1]
     assert found.nearest(["/a.jpg"], threshold=0.2, most=1).row(0).tolist() == [1]
     assert found.run.describe().startswith("2 of 9 captions are near an image; 1 of 3 images have none")
