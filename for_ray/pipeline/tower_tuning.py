@@ -228,8 +228,9 @@ class TowerTuning(HeadTuning):
             )
         if table.run.fingerprint != self.bundle.fingerprint:
             raise ConfigError(
-                f"the pseudo-captions at {output} were compared by another encoder ({table.run.encoder}) "
-                f"than {self.bundle.name}: give --encoder that one, or compare them with this one"
+                f"the pseudo-captions at {output} were compared by another encoder ({table.run.encoder}), "
+                f"or at another image size, than {self.bundle.name} at {self.bundle.image_size} pixels: give "
+                "--encoder and --image-size of then, or compare them with these"
             )
         return table
 

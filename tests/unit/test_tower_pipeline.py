@@ -240,7 +240,8 @@ def test_bad_data_is_refused_before_anything_is_written(given, home, tmp_path):
     other = "captions was made for other images: none of these 2 is in it"
     refuse(DataError, other, "mcip", dataset=f"labels:{tmp_path}/other.csv")
     refuse(DataError, "no pseudo-captions at", "mcip", captions=str(tmp_path))
-    refuse(ConfigError, "were compared by another encoder", "mcip", image_size=32)
+    other = r"by another encoder \(e\), or at another image size, than picturebook at 32 pixels"
+    refuse(ConfigError, other, "mcip", image_size=32)
     refuse(ConfigError, "no captioned images", "realign", dataset="coco:a")
     refuse(DataError, "a batch of one", "realign", batch_size=1)
     refuse(
