@@ -92,13 +92,14 @@ class _Routes:
         self._service = service
         self._current = service.current
         self._questions = _Room(limits.questions_at_once, limits.questions_waiting)
+        self._uploads = _Room(limits.uploads_at_once, limits.uploads_waiting)
         self._pictures = _Room(limits.pictures_at_once, limits.pictures_waiting)
         self._thumbnails = pictures.Thumbnails(limits.thumbnail_bytes)
-        self.metrics = Metrics(service.current, lambda: self._questions.num_waiting)
+        self.metrics = Metrics(service.current, self._num_waiting)
 
     async def search(self, body: messages.QuestionBody) -> Response:
         """Find the images that show what is asked for."""
-        return await self._questions.run(lambda: self._search(body))
+        return await self._room(body).run(lambda: self._search(body))
 
     async def similar(
         self,
@@ -131,7 +132,7 @@ class _Routes:
 
     async def export(self, body: messages.ExportBody) -> Response:
         """A question's hits as a file."""
-        return await self._questions.run(lambda: self._export(body))
+        return await self._room(body.question).run(lambda: self._export(body))
 
     async def snapshots(self) -> Response:
         """The published states of the index."""
@@ -184,6 +185,12 @@ class _Routes:
         """One of the page's files."""
         return _page_file(name)
 
+    def _room(self, body: messages.QuestionBody) -> _Room:
+        return self._questions if body.image is None else self._uploads
+
+    def _num_waiting(self) -> int:
+        return self._questions.num_waiting + self._uploads.num_waiting
+
     def _search(self, body: messages.QuestionBody) -> Response:
         answer = self._ask(body.question())
         hits = [exports.hit_json(hit) for hit in answer.hits]
@@ -191,6 +198,8 @@ class _Routes:
 
     def _ask(self, question: Question) -> Answer:
         check_question(question)
+        if question.image is not None:
+            pictures.check_upload(question.image)
         with self._current.lease() as index:
             _check_snapshot(question, index)
             answer = index.ask(question)

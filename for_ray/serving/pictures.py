@@ -10,12 +10,15 @@ from typing import Any
 from for_ray import storage
 from for_ray.errors import DataError
 from for_ray.model.image_files import open_image
-from for_ray.retrieval import OpenIndex, StoredImage
+from for_ray.retrieval import OpenIndex, PictureError, StoredImage
 from for_ray.serving.refusals import Refusal
 from for_ray.sheet import MAX_PIXELS, thumbnail
 
 REDIRECT_SECONDS = 300
 """For which a presigned URL is good."""
+
+MAX_UPLOAD_PIXELS = 25_000_000
+"""Of a picture to look for: 75 MB of RGB. Encoders see much less, and the page sends smaller ones."""
 
 OTHER_TYPE = "application/octet-stream"
 
@@ -49,6 +52,19 @@ def content_type(content: bytes) -> str:
     if content[4:8] == b"ftyp" and content[8:12] in {b"avif", b"avis"}:
         return "image/avif"
     return next((kind for start, kind in _SIGNATURES.items() if content.startswith(start)), OTHER_TYPE)
+
+
+def check_upload(content: bytes) -> None:
+    """Whether a picture to look for is an image that is not too large, by its header: nothing is decoded.
+
+    Raises:
+        PictureError: It is not.
+    """
+    try:
+        open_image(content, max_pixels=MAX_UPLOAD_PIXELS)
+    except DataError as error:
+        found = f"the picture to look for can't be decoded: {error}"
+        raise PictureError(f"{found}; give another one, or make it smaller") from error
 
 
 def held_image(index: OpenIndex, image_id: int) -> StoredImage:

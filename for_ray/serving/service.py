@@ -23,6 +23,9 @@ class Limits:
             tenth. 0 for as many as come.
         questions_at_once: That are answered side by side.
         questions_waiting: For their turn; the next one is refused as busy.
+        uploads_at_once: Questions with a picture that are answered side by side, besides the others: each
+            has a decoded picture in memory.
+        uploads_waiting: For their turn, with their pictures in memory.
         pictures_at_once: Images that are read and made small side by side.
         pictures_waiting: For their turn.
         thumbnail_bytes: That are kept in memory.
@@ -32,6 +35,8 @@ class Limits:
     requests_per_second: float = 50.0
     questions_at_once: int = 8
     questions_waiting: int = 64
+    uploads_at_once: int = 2
+    uploads_waiting: int = 16
     pictures_at_once: int = 8
     pictures_waiting: int = 1000
     thumbnail_bytes: int = 128 * MEGABYTE

@@ -108,6 +108,18 @@ def test_large_picture_is_made_smaller(tab: Any, tmp_path: Path) -> None:
     assert len(sent) < 3_000_000
 
 
+def test_picture_of_few_bytes_and_many_pixels_is_made_smaller(tab: Any, tmp_path: Path) -> None:
+    from PIL import Image
+
+    Image.new("L", (6000, 5000)).save(tmp_path / "even.png")
+    assert (tmp_path / "even.png").stat().st_size < 200_000
+    tab.open()
+    tab.page.set_input_files("#file", tmp_path / "even.png")
+    asked = _search(tab, lambda: tab.page.click("#picture [data-do=ask]"))
+    assert base64.b64decode(asked["image"])[:3] == b"\xff\xd8\xff"
+    assert tab.tiles.count() > 0
+
+
 def test_file_that_is_no_picture_is_one_line(tab: Any, tmp_path: Path) -> None:
     (tmp_path / "no.jpg").write_bytes(b"no picture")
     tab.open()

@@ -3,7 +3,7 @@
 import { imageOf, thumbnailUrl } from "./api.js";
 import { byId, el } from "./dom.js";
 import { filtersBody } from "./filters.js";
-import { base64Of } from "./picture.js";
+import { base64Of, shrunk } from "./picture.js";
 
 const SIDE = 128; // pixels of the small picture in the question box
 
@@ -14,7 +14,7 @@ export async function bodyOf(now, picture, signal) {
 
 async function askedBody({ text, like, of, region, picture: key }, picture, signal) {
   if (like) return { like };
-  if (of !== null) return { image: await base64Of(await imageOf(of, signal)), ...(region ? { region } : {}) };
+  if (of !== null) return { image: await base64Of(await shrunk(await imageOf(of, signal))), ...(region ? { region } : {}) };
   return key ? picture.bodyOf(key) : { text: text.trim() };
 }
 

@@ -4,6 +4,7 @@ import { byId, isWriting } from "./dom.js";
 import { RegionDrawing } from "./region.js";
 
 const LARGEST = 2_000_000; // bytes that are sent as they are; more than an encoder sees is made smaller before
+const MOST_PIXELS = 25_000_000; // that the service decodes
 const SIDE = 1600;
 
 /** A file as the API takes it: base64. */
@@ -17,10 +18,10 @@ export function base64Of(blob) {
 }
 
 /** The picture, smaller where it is large; as it is where this browser cannot read it. */
-async function shrunk(blob) {
-  if (blob.size <= LARGEST) return blob;
+export async function shrunk(blob) {
   try {
     const bitmap = await createImageBitmap(blob);
+    if (blob.size <= LARGEST && bitmap.width * bitmap.height <= MOST_PIXELS) return blob;
     const scale = Math.min(1, SIDE / Math.max(bitmap.width, bitmap.height));
     const canvas = new OffscreenCanvas(Math.max(1, Math.round(bitmap.width * scale)), Math.max(1, Math.round(bitmap.height * scale)));
     canvas.getContext("2d").drawImage(bitmap, 0, 0, canvas.width, canvas.height);

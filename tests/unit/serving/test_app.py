@@ -232,6 +232,41 @@ def test_questions_beyond_the_queue_are_told_to_come_again(
     assert statuses == [200, 200]
 
 
+def test_two_pictures_are_decoded_at_once_and_hold_up_no_words(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entered, leave = threading.Semaphore(0), threading.Event()
+    ask: Callable[..., Any] = OpenIndex.ask
+
+    def slow(self: OpenIndex, question: Question) -> Any:
+        if question.image is not None:
+            entered.release()
+            leave.wait(20)
+        return ask(self, question)
+
+    monkeypatch.setattr(OpenIndex, "ask", slow)
+    statuses: list[int] = []
+    body = {"image": b64encode(picture()).decode(), "k": 1}
+    bodies = [("/search", body), ("/search", body), ("/export", {"format": "csv", "question": body})]
+    with served.client() as client:
+
+        def question(path: str, body: dict[str, Any]) -> None:
+            statuses.append(client.post(path, json=body).status_code)
+
+        threads = [threading.Thread(target=question, args=each) for each in bodies]
+        for thread in threads:
+            thread.start()
+        while not waits(client):
+            assert all(thread.is_alive() for thread in threads)
+        assert [entered.acquire(timeout=20) for _ in range(2)] == [True, True]
+        assert not entered.acquire(blocking=False)
+        assert client.post("/search", json={"text": "a dog", "k": 1}).status_code == 200
+        leave.set()
+        for thread in threads:
+            thread.join()
+    assert statuses == [200] * 3
+
+
 def waits(client: TestClient) -> bool:
     """Whether the one place in the queue is taken, as the metrics tell."""
     return "for_ray_questions_waiting 1.0" in client.get("/metrics").text

@@ -278,15 +278,16 @@ def png_of(side: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
 
 
-def test_decompression_bombs_are_refused_by_their_header(client: TestClient) -> None:
-    bomb = png_of(10_000)  # 300 MB of pixels
+@pytest.mark.parametrize("side", [10_000, 5_001], ids=["300 MB", "75 MB"])
+def test_decompression_bombs_are_refused_by_their_header(client: TestClient, side: int) -> None:
+    bomb = png_of(side)
     assert len(bomb) < 500_000
     tracemalloc.start()
     answer = client.post("/search", json={"image": b64encode(bomb).decode()})
     _, most = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert (answer.status_code, answer.json()["code"]) == (400, "request")
-    assert "too many pixels" in answer.json()["error"]
+    assert f"too many pixels: {side}×{side}, at most 25000000" in answer.json()["error"]
     assert most < 20_000_000
 
 
