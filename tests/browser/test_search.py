@@ -170,6 +170,30 @@ def test_threshold_by_pointer_and_by_keys(tab: Any) -> None:
     assert tab.tiles.count() == 1
 
 
+def test_threshold_lets_pass_what_rises_at_a_later_page(tab: Any) -> None:
+    def answer(route: Any) -> None:
+        answered = route.fetch()
+        body = answered.json()
+        if json.loads(route.request.post_data).get("page"):
+            body["hits"][0]["score"] = 0.95  # as of an image that was overlooked on the page before
+        route.fulfill(response=answered, json=body)
+
+    tab.page.route("**/search", answer)
+    tab.open("?q=a+keyboard&k=60&min=0.74")
+    tab.wait("document.querySelector('#counted').textContent.includes('score 0.740')")
+    *first, risen = _scores(tab)
+    assert risen == 0.95
+    assert 0 < len(first) < 59
+    assert min(first) >= 0.74
+    assert float(tab.page.get_attribute("[role=slider]", "aria-valuemax")) == 0.95
+    assert f"{len(first) + 1} images of" in tab.page.inner_text("#counted")
+    tab.page.press("#question", "Escape")
+    for key in ("End", "ArrowLeft", " ", "ArrowRight", "Shift+ "):
+        tab.page.keyboard.press(key)
+    assert tab.page.inner_text("#selected-count") == "2 selected"
+    assert tab.page.evaluate("document.activeElement.dataset.id") == str(tab.ids()[-1])
+
+
 def _scores(tab: Any) -> list[float]:
     return [float(text) for text in tab.tiles.locator(".caption b").all_text_contents()]
 

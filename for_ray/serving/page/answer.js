@@ -34,7 +34,7 @@ export function describe(results, about, state) {
 function describeEnd(results, state) {
   const showAll = action("Show all", () => state.set({ min: null }), { isPrimary: true });
   if (!results.hits.length) showState("Nothing found", sentence(results.reason ?? ""), ...cureOf(state));
-  else if (!results.shown.length) showState(`No image scores ${results.min.toFixed(3)} or more`, `The best of them has ${results.hits[0].score.toFixed(3)}.`, showAll);
+  else if (!results.shown.length) showState(`No image scores ${results.min.toFixed(3)} or more`, `The best of them has ${Math.max(...results.hits.map((hit) => hit.score)).toFixed(3)}.`, showAll);
   else if (results.isDone && results.shown.length < results.hits.length) showState("", `The others score less than ${results.min.toFixed(3)}.`, action("Show all", () => state.set({ min: null })));
   else if (results.isDone) showState("", sentence(results.reason ?? "these are all that one question ranks"));
   else clearState();

@@ -11,7 +11,7 @@ export class Grid extends EventTarget {
   #list = byId("grid");
   #hits = [];
   #names = [];
-  #shown = 0;
+  #passes = () => true;
   #active = 0;
   #watcher = new IntersectionObserver(
     (entries) => entries.some((entry) => entry.isIntersecting) && this.#reachEnd(), { rootMargin: "900px" });
@@ -35,23 +35,28 @@ export class Grid extends EventTarget {
   clear() {
     this.#list.removeAttribute("aria-busy");
     this.#list.replaceChildren();
-    [this.#hits, this.#names, this.#shown, this.#active] = [[], [], 0, 0];
+    [this.#hits, this.#names, this.#active] = [[], [], 0];
   }
 
-  /** Show the first `count` hits of an answer; those whose tiles are there already stay as they are. */
-  show(hits, names, count, { isNew = false } = {}) {
+  /** Show the hits of an answer that pass the threshold; those whose tiles are there already stay as they are. */
+  show(hits, names, passes, { isNew = false } = {}) {
     if (isNew) this.clear();
-    [this.#hits, this.#names] = [hits, names];
-    this.limit(count);
+    [this.#hits, this.#names, this.#passes] = [hits, names, passes];
+    for (const [rank, item] of [...this.#list.children].entries()) item.hidden = !hits[rank] || !passes(hits[rank]);
+    if (this.#ranks.length < AT_ONCE && this.#hasMore) this.#append();
+    const ranks = this.#ranks;
+    this.#activate(ranks.findLast((rank) => rank <= this.#active) ?? ranks[0] ?? 0);
+    this.#rewatch();
   }
 
-  /** Show only so many of the hits: those that pass the threshold. */
-  limit(count) {
-    this.#shown = Math.min(count, this.#hits.length);
-    for (const [rank, item] of [...this.#list.children].entries()) item.hidden = rank >= this.#shown;
-    if (this.#list.children.length < Math.min(this.#shown, AT_ONCE)) this.#append();
-    this.#activate(Math.min(this.#active, Math.max(this.#shown - 1, 0)));
-    this.#rewatch();
+  /** The ranks of the tiles that are shown. */
+  get #ranks() {
+    return [...this.#list.children].flatMap((item, rank) => (item.hidden ? [] : [rank]));
+  }
+
+  /** Whether hits that pass have no tiles yet. */
+  get #hasMore() {
+    return this.#hits.slice(this.#list.children.length).some(this.#passes);
   }
 
   /** Mark the tiles whose images are selected. */
@@ -65,21 +70,23 @@ export class Grid extends EventTarget {
   }
 
   focus(rank = this.#active) {
-    while (rank >= this.#list.children.length && rank < this.#shown) this.#append();
+    while (rank >= this.#list.children.length && this.#hasMore) this.#append();
     this.#tile(rank)?.focus();
   }
 
   #append() {
     const first = this.#list.children.length;
-    const items = this.#hits.slice(first, first + AT_ONCE).map((hit, index) => makeHit(hit, this.#names, first + index));
-    items.forEach((item, index) => (item.hidden = first + index >= this.#shown));
+    const next = this.#hits.findIndex((hit, rank) => rank >= first && this.#passes(hit));
+    const hits = this.#hits.slice(first, Math.max(first, next) + AT_ONCE);
+    const items = hits.map((hit, index) => makeHit(hit, this.#names, first + index));
+    items.forEach((item, index) => (item.hidden = !this.#passes(hits[index])));
     this.#list.append(...items);
     this.#activate(this.#active);
     this.dispatchEvent(new Event("appended"));
   }
 
   #reachEnd() {
-    if (this.#list.children.length < this.#shown) {
+    if (this.#hasMore) {
       this.#append();
       this.#rewatch();
     } else if (this.#hits.length) this.dispatchEvent(new Event("end"));
@@ -133,11 +140,14 @@ export class Grid extends EventTarget {
 
   /** The rank that a key leads to; up and down go to the nearest tile of the row above or below. */
   #neighbour(key, rank) {
-    const last = this.#shown - 1;
-    const direct = { ArrowLeft: rank - 1, ArrowRight: rank + 1, Home: 0, End: Math.min(last, this.#list.children.length - 1) };
-    if (key in direct) return Math.min(Math.max(direct[key], 0), last);
+    if (key === "ArrowRight" && rank === this.#ranks.at(-1) && this.#hasMore) this.#append();
+    const ranks = this.#ranks;
+    const place = ranks.indexOf(rank);
+    const last = ranks.length - 1;
+    const direct = { ArrowLeft: place - 1, ArrowRight: place + 1, Home: 0, End: last };
+    if (key in direct) return ranks[Math.min(Math.max(direct[key], 0), last)];
     if (key !== "ArrowUp" && key !== "ArrowDown") return null;
-    return nearestInNextRow([...this.#list.children].slice(0, this.#shown), rank, key === "ArrowDown" ? 1 : -1);
+    return ranks[nearestInNextRow(ranks.map((each) => this.#list.children[each]), place, key === "ArrowDown" ? 1 : -1)];
   }
 }
 

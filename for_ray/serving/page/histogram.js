@@ -37,8 +37,8 @@ export class Histogram extends EventTarget {
   }
 
   get #range() {
-    const low = Math.min(...this.#scores.slice(-1), ...this.#scores.slice(0, 1), this.#min ?? Infinity);
-    const high = Math.max(this.#scores[0], this.#scores.at(-1), this.#min ?? -Infinity);
+    const low = Math.min(...this.#scores, this.#min ?? Infinity);
+    const high = Math.max(...this.#scores, this.#min ?? -Infinity);
     return [low, high > low ? high : low + 1e-3];
   }
 

@@ -57,7 +57,7 @@ function showLostPicture() {
 const showQuestion = () => showAsked(state, box, picture);
 
 function showResults({ isNew = false } = {}) {
-  grid.show(results.hits, results.names, results.shown.length, { isNew });
+  grid.show(results.hits, results.names, results.passes, { isNew });
   grid.mark((id) => selection.has(id));
   histogram.show(results.hits.map((hit) => hit.score), results.min);
   describe(results, about, state);
@@ -134,7 +134,7 @@ grid.addEventListener("open", ({ detail: { hit } }) => {
   state.set({ image: hit.image_id, slot: hit.slot });
 });
 grid.addEventListener("toggle", ({ detail: { hit, rank } }) => selection.toggle(hit.image_id, rank));
-grid.addEventListener("range", ({ detail: { rank } }) => selection.range(results.shown, rank));
+grid.addEventListener("range", ({ detail: { rank } }) => selection.range(results.hits, rank, results.passes));
 grid.addEventListener("appended", () => grid.mark((id) => selection.has(id)));
 grid.addEventListener("end", () => results.more());
 
@@ -165,7 +165,7 @@ viewer.addEventListener("move", ({ detail: step }) => {
 });
 viewer.addEventListener("closed", () => {
   if (state.now.image === null) return;
-  const rank = results.shown.findIndex((hit) => hit.image_id === state.now.image);
+  const rank = results.hits.findIndex((hit) => hit.image_id === state.now.image);
   if (isViewerPushed) history.back();
   else state.set({ image: null, slot: null }, { replace: true });
   if (rank >= 0) grid.focus(rank);

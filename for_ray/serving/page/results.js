@@ -10,6 +10,7 @@ export class Results extends EventTarget {
   #body = null;
   #next = null;
   #coming = null;
+  #newest = []; // the hits of the page that came in last
 
   constructor() {
     super();
@@ -18,6 +19,7 @@ export class Results extends EventTarget {
 
   #clear() {
     this.hits = [];
+    this.#newest = [];
     this.names = [];
     this.answer = null;
     this.min = null;
@@ -30,16 +32,17 @@ export class Results extends EventTarget {
     return this.#body;
   }
 
-  /** The hits whose scores are high enough: the first ones, as scores never rise. */
+  /** Whether a hit's score is high enough. */
+  passes = (hit) => this.min === null || hit.score >= this.min;
+
+  /** The hits whose scores are high enough; a page may begin with hits that were overlooked before, so scores may rise. */
   get shown() {
-    if (this.min === null) return this.hits;
-    const end = this.hits.findIndex((hit) => hit.score < this.min);
-    return end < 0 ? this.hits : this.hits.slice(0, end);
+    return this.min === null ? this.hits : this.hits.filter(this.passes);
   }
 
-  /** Whether nothing more would be shown, however far one scrolls. */
+  /** Whether no page follows, or the last one had nothing to show. */
   get isDone() {
-    return this.#next === null || this.shown.length < this.hits.length;
+    return this.#next === null || !this.#newest.some(this.passes);
   }
 
   /** Nothing is asked any more. */
@@ -99,6 +102,7 @@ export class Results extends EventTarget {
 
   #take(answer) {
     this.hits.push(...answer.hits);
+    this.#newest = answer.hits;
     this.#next = answer.next_page;
     this.reason = answer.reason;
   }

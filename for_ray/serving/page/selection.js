@@ -30,10 +30,10 @@ export class Selection extends EventTarget {
     this.#changed();
   }
 
-  /** Select all hits from the one that was chosen last to this one. */
-  range(hits, rank) {
+  /** Select all hits that pass, from the one that was chosen last to this one. */
+  range(hits, rank, passes) {
     const [first, last] = [Math.min(this.#anchor, rank), Math.max(this.#anchor, rank)];
-    for (const hit of hits.slice(first, last + 1)) this.#ids.add(hit.image_id);
+    for (const hit of hits.slice(first, last + 1).filter(passes)) this.#ids.add(hit.image_id);
     this.#changed();
   }
 
