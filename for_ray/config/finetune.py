@@ -21,7 +21,12 @@ TOWER_DEFAULTS: dict[str, dict[str, Any]] = {
     "mcip": {"lr": 1e-6, "epochs": 3, "batch_size": 128, "weight_decay": 1e-2},
     "realign": {"lr": 1e-5, "epochs": 3, "batch_size": 1024, "weight_decay": 1e-2},
 }
-"""What the second paper trains with, where it differs from the defaults."""
+"""What the recipes of towers train with, where it differs from the defaults.
+
+The second paper's are all four numbers of `mcip` (with half a cosine to a tenth of lr), and lr of `realign`.
+Ours are those of `gpr`, which are taken from `mcip`, and the rest of `realign`, of which the paper says that
+its batches are large.
+"""
 
 CLASS_FIELDS = frozenset({"proxies_lr_factor", "scale", "margin"})
 """Settings of the recipes that learn classes, `gpr` and `mcip`."""

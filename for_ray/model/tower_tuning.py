@@ -4,9 +4,12 @@
     mcip       λ₁ · ArcMargin on classes + λ₂ · MCArcMargin on pseudo-captions; the image tower
     realign    InfoNCE between captions and the locked image tower's vectors; the text tower (Re-A)
 
-Source: MCIP (arXiv 2409.01936), §3.2 and §3.3. Batch norms keep their statistics, so that an image's vector
-does not depend on its batch, and many workers learn what one learns: what a loss is divided by is the weight
-of the global batch.
+Source: MCIP (arXiv 2409.01936), §3.2 and §3.3. In `gpr` ArcMargin acts behind the projection to the joint
+space, which is locked; the paper discards it there. Kept, it leaves the vectors the dimension of the texts:
+`realign` can follow with the text tower as it is, and a search by pictures and words needs nothing else.
+
+Batch norms keep their statistics, so that an image's vector does not depend on its batch, and many workers
+learn what one learns: what a loss is divided by is the weight of the global batch.
 """
 
 from __future__ import annotations
@@ -48,7 +51,8 @@ class TuneSettings:
     Attributes:
         recipe: Which.
         num_blocks: The last blocks of the image tower that are trained, with its pooling; None: all of it.
-        with_projection: Whether the image tower's projection to the joint space is trained, too.
+        with_projection: Whether the image tower's projection to the joint space is trained, too; the losses
+            act behind it either way.
         scale: s of the margin losses.
         margin: m of theirs, radians.
         gamma_classes: λ₁.
@@ -131,6 +135,9 @@ class Sums(NamedTuple):
 
 class ClassObjective(nn.Module):
     """The losses of `gpr` and `mcip`.
+
+    ArcMargin is averaged over the images of the global batch that could be read, MCArcMargin over those of
+    them that have captions: λ₂ weighs as much where few images have some as where all have.
 
     Args:
         clip: From `load_clip`.
