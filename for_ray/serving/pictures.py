@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from for_ray import storage
@@ -93,30 +95,40 @@ def read_image(image: StoredImage) -> bytes:
         Refusal: It is gone, or was changed since.
         StorageError: The store refused.
     """
-    try:
+    with _as_indexed(image):
         return storage.read_image(image.uri, image.etag)
-    except storage.ObjectGone:
-        what = "is gone"
-    except storage.ObjectChanged:
-        what = "was changed"
+
+
+@contextmanager
+def _as_indexed(image: StoredImage) -> Iterator[None]:
+    uri = storage.shown(image.uri)
+    found = "since the index was built: run jobs/index.py again"
+    try:
+        yield
+    except storage.ObjectGone as error:
+        raise Refusal(410, "gone", f"{uri} is gone {found}") from error
+    except storage.ObjectChanged as error:
+        raise Refusal(410, "gone", f"{uri} was changed {found}") from error
     except DataError as error:
         raise Refusal(410, "gone", f"the image cannot be read any more: {error}") from error
-    uri = storage.shown(image.uri)
-    raise Refusal(410, "gone", f"{uri} {what} since the index was built: run jobs/index.py again")
 
 
 def presigned_url(image: StoredImage) -> str:
     """Where a client fetches the image from the store itself, for `REDIRECT_SECONDS`.
 
     Raises:
-        Refusal: It lies on disk, or inside a tar.
-        StorageError: The profile does not exist, or the endpoint is not valid.
+        Refusal: It lies on disk or inside a tar, is gone, or was changed since it was indexed.
+        StorageError: The store refused, the profile does not exist, or the endpoint is not valid.
     """
     uri = storage.shown(image.uri)
     if not storage.is_s3(image.uri):
         raise Refusal(400, "request", f"{uri} lies on disk: ask without redirect")
     if ".tar#" in image.uri.lower():
         raise Refusal(400, "request", f"{uri} lies inside a tar: ask without redirect")
+    with _as_indexed(image):
+        entry = storage.stat(image.uri)
+        if image.etag and image.etag != entry.etag:
+            raise storage.ObjectChanged(uri)
     bucket, key = storage.split_s3(image.uri)
     kind = _SUFFIXES.get(key.rsplit(".", 1)[-1].lower(), OTHER_TYPE)
     request: dict[str, Any] = {"Bucket": bucket, "Key": key, "ResponseContentType": kind}

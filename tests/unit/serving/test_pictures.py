@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 from starlette.testclient import TestClient
 
+from for_ray import storage
 from for_ray.retrieval import StoredImage
 from for_ray.serving import pictures
 from for_ray.serving.refusals import Refusal
@@ -129,6 +130,7 @@ def test_the_way_to_the_store(client: TestClient, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "very secret")
     monkeypatch.setenv("AWS_REGION", "eu-west-1")
+    monkeypatch.setattr(storage, "stat", lambda uri: storage.Entry(uri, "as indexed", 9))
     url = pictures.presigned_url(StoredImage(1, "s3://bucket/a folder/<x>.jpg", "", None, None))
     assert "/a%20folder/%3Cx%3E.jpg?" in url
     assert "response-content-type=image%2Fjpeg" in url
@@ -138,6 +140,20 @@ def test_the_way_to_the_store(client: TestClient, monkeypatch: pytest.MonkeyPatc
     assert "response-content-type=application%2Foctet-stream" in svg
     with pytest.raises(Refusal, match="inside a tar"):
         pictures.presigned_url(StoredImage(1, "s3://bucket/x.tar#a.jpg", "", None, None))
+    assert "Expires=" in pictures.presigned_url(StoredImage(1, "s3://bucket/x.jpg", "as indexed", None, None))
+
+
+def test_no_way_to_what_is_gone_or_was_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    image = StoredImage(1, "s3://bucket/x.jpg", "as indexed", None, None)
+
+    def gone(uri: str) -> storage.Entry:
+        raise storage.ObjectGone(uri)
+
+    for stat, words in ((lambda uri: storage.Entry(uri, "new", 9), "was changed since"), (gone, "is gone")):
+        monkeypatch.setattr(storage, "stat", stat)
+        with pytest.raises(Refusal, match=words) as refused:
+            pictures.presigned_url(image)
+        assert (refused.value.status, refused.value.code) == (410, "gone")
 
 
 def test_an_image_with_too_many_pixels_has_no_thumbnail(tmp_path: Path) -> None:
