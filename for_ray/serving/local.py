@@ -93,6 +93,7 @@ def _server(app: FastAPI, when_up: Callable[[], None]) -> uvicorn.Server:
             log_level="error",
             access_log=False,
             server_header=False,
+            proxy_headers=False,  # anybody on this machine could say that the request is another's
             timeout_keep_alive=KEEP_ALIVE_SECONDS,
             timeout_graceful_shutdown=SECONDS_TO_END,
         )
