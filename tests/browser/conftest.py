@@ -75,9 +75,9 @@ class Served:
     book: Book
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def browser() -> Iterator[Any]:
-    """Chromium, without a window."""
+    """Chromium, without a window. While it is open, this thread has an event loop, which others can't do with."""
     if not CHROMIUM.exists():
         pytest.skip(f"{CHROMIUM} is missing: tests/browser/install-chromium.sh installs it")
     sync_api = pytest.importorskip("playwright.sync_api")
@@ -87,7 +87,7 @@ def browser() -> Iterator[Any]:
         opened.close()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def book(tmp_path_factory: pytest.TempPathFactory) -> Book:
     """The picture book, and one of its images once more under the name `EVIL`."""
     folder = tmp_path_factory.mktemp("book")
@@ -97,7 +97,7 @@ def book(tmp_path_factory: pytest.TempPathFactory) -> Book:
     return Book(images, json.loads(path.read_text()))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def served(browser: Any, book: Book, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """The service on the book's index; `browser` comes first: nothing is encoded for a skipped test."""
     index = _planted(book, tmp_path_factory.mktemp("index"))
