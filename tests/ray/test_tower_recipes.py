@@ -107,10 +107,15 @@ def test_mcip_by_two_workers_then_realign_then_an_index_for_pictures_and_words(
     alone = tune_here(make_tower_job(FinetuneSettings(**(given | {"output": str(tmp_path / "alone")}))))
     for mine, its in zip(record.epochs, alone.history, strict=True):
         assert mine.losses == pytest.approx(its.losses, rel=1e-3)
+    start = build_clip(open_bundle(f"{tmp_path}/mcip/start")).state_dict()
     weights = build_clip(open_bundle(told["bundle"])).state_dict()
+    trained = {name.removeprefix("clip.") for name in alone.trainer.trained}
     for name, value in alone.clip.state_dict().items():
-        far = (weights[name].double() - value.double()).abs().max().item()
-        assert far < 6 * 1e-4, name  # six steps of Adam, each of the learning rate at most
+        if name.endswith("attnpool.k_proj.bias"):
+            continue  # the softmax over keys does not depend on it: Adam moves it by rounding alone
+        far, moved = ((weights[name].double() - its.double()).norm() for its in (value, start[name]))
+        assert (moved > 0) == (name in trained), name
+        assert far <= 0.1 * moved, name
     assert "pseudo-captions (MCArcMargin)" in (tmp_path / "mcip" / "report.html").read_text()
     again = run_tower_tuning(FinetuneSettings(**given), progress=QUIET)
     assert again.message == "trained before: 2 epochs; nothing to do"
