@@ -75,19 +75,25 @@ class Served:
     book: Book
 
 
-@pytest.fixture(scope="package")
-def browser() -> Iterator[Any]:
-    """Chromium, without a window. While it is open, this thread has an event loop, which others can't do with."""
+@pytest.fixture(scope="session")
+def chromium() -> Path:
+    """The browser's path."""
     if not CHROMIUM.exists():
         pytest.skip(f"{CHROMIUM} is missing: tests/browser/install-chromium.sh installs it")
+    return CHROMIUM
+
+
+@pytest.fixture(scope="module")
+def browser(chromium: Path) -> Iterator[Any]:
+    """Chromium, without a window. While it is open, this thread has an event loop, as no other test wants."""
     sync_api = pytest.importorskip("playwright.sync_api")
     with sync_api.sync_playwright() as playwright:
-        opened = playwright.chromium.launch(executable_path=str(CHROMIUM), args=ARGUMENTS)
+        opened = playwright.chromium.launch(executable_path=str(chromium), args=ARGUMENTS)
         yield opened
         opened.close()
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="session")
 def book(tmp_path_factory: pytest.TempPathFactory) -> Book:
     """The picture book, and one of its images once more under the name `EVIL`."""
     folder = tmp_path_factory.mktemp("book")
@@ -97,9 +103,9 @@ def book(tmp_path_factory: pytest.TempPathFactory) -> Book:
     return Book(images, json.loads(path.read_text()))
 
 
-@pytest.fixture(scope="package")
-def served(browser: Any, book: Book, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    """The service on the book's index; `browser` comes first: nothing is encoded for a skipped test."""
+@pytest.fixture(scope="session")
+def served(chromium: Path, book: Book, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """The service on the book's index; `chromium` comes first: nothing is encoded for a skipped test."""
     index = _planted(book, tmp_path_factory.mktemp("index"))
     current = opening.Served(index.uri, refresh_seconds=3600).open().current
     with serving(current) as url:
