@@ -46,6 +46,7 @@ def measure(dataset: str, task: str, **more: Any) -> dict[str, Any]:
     return run_task(EvaluateSettings(**given), progress=Progress(is_quiet=True)).to_json()
 
 
+@pytest.mark.slow
 def test_images_find_their_class(ray_address, book, vectors):
     classes = classes_of(open_dataset(f"labels:{book}/labels.csv"), why="a test")
     scores = vectors @ vectors.T

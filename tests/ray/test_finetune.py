@@ -96,6 +96,7 @@ def record_of(settings: dict[str, object]) -> FinetuneRun:
     return FinetuneRun.model_validate_json(Path(str(settings["output"]), "finetune.json").read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.s3
 def test_two_workers_learn_what_one_learns_and_the_command_tells_it(given, tmp_path):
     """The paper's losses, in a bucket, on a cluster of its own. No dropout, which differs by worker."""

@@ -240,6 +240,7 @@ def test_new_changed_gone_and_broken_images(run, copied, home):
     assert (output / "report.html").exists()
 
 
+@pytest.mark.slow
 def test_labels_without_features_and_without_novel_names(run, home, book):
     output = home / "plain"
     summary = run(output=str(output), features=False, exclude_novel=True)

@@ -376,6 +376,7 @@ def test_a_run_that_was_interrupted_leaves_a_report(
     assert nights.run().indexed == 55
 
 
+@pytest.mark.slow
 def test_an_image_replaced_twice_waits_for_the_next_night(
     nights: Nights, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -130,9 +130,13 @@ def test_answers_are_those_of_one_process(planted: PlantedIndex, service: Servic
     for words in WORDS:
         assert plain(client.search(words, k=30)) == plain(index.ask(Question(words, k=30)))
     region = (0.1, 0.1, 0.6, 0.9)
+    for given in ({"image": picture()}, {"image": picture(), "region": region}):
+        # The backbone's sums depend on how many threads torch has in a process.
+        hits = client.search(**given, k=25).hits
+        right = index.ask(Question(**given, k=25)).hits
+        assert [hit.uri for hit in hits] == [hit.uri for hit in right], given
+        assert [hit.score for hit in hits] == pytest.approx([hit.score for hit in right], abs=1e-4)
     for given in (
-        {"image": picture()},
-        {"image": picture(), "region": region},
         {"like": "7"},
         {"like": "7:2"},
         {"text": "a dog", "min_score": 0.05},
