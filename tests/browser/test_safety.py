@@ -244,6 +244,7 @@ def test_image_that_is_gone_is_told(tab: Any) -> None:
     for path in ("**/thumbnails/*", re.compile(r"/images/\d+$")):
         tab.page.route(path, lambda route: route.fulfill(**gone))
     tab.open("?q=a+keyboard")
+    tab.tiles.first.locator(".missing").wait_for()
     assert tab.tiles.first.locator(".frame").inner_text() == "gone, or changed since it was indexed"
     tab.tiles.first.locator(".tile").click()
     tab.page.locator("#viewer .gone").wait_for()
