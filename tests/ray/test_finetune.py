@@ -128,6 +128,7 @@ def test_two_workers_learn_what_one_learns_and_the_command_tells_it(given, tmp_p
     assert again.stderr.strip().endswith("trained before: 3 epochs; nothing to do")
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_from_its_last_epoch(given, ray_address, home, tmp_path):
     """Driver and workers die after some epochs; the next run trains the rest, and comes to the same end.
 
@@ -175,6 +176,7 @@ def test_a_killed_run_goes_on_from_its_last_epoch(given, ray_address, home, tmp_
         np.testing.assert_allclose(np.array(vectors, np.float32), expected, atol=2e-3)
 
 
+@pytest.mark.slow
 def test_features_that_are_not_finite_end_it_in_one_line(given, home):
     """At once: starting the workers again would find the same."""
     settings = FinetuneSettings(**(given | {"labels": str(home / "broken"), "val": None, "val_labels": None}))
