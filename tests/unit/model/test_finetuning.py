@@ -252,7 +252,7 @@ def test_two_workers_have_the_gradient_of_one(
     }
     finetuner = make_finetuner(encoder, texts, settings, lr=1e-3)
     means = finetuner.step(features, labels, epoch=0, step=0)
-    with multiprocessing.Manager() as manager:
+    with multiprocessing.get_context("spawn").Manager() as manager:  # a fork may hang beside Ray
         told = manager.dict()
         arguments = (str(tmp_path), features, texts, labels, settings, told)
         multiprocessing.spawn(worker, arguments, nprocs=2)
