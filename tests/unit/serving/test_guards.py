@@ -252,6 +252,7 @@ def test_what_fails_is_answered_and_counted(fails: Exception, caplog: pytest.Log
     async def failing(scope: Scope, receive: Receive, send: Send) -> None:
         raise fails
 
+    caplog.set_level("ERROR", logger="for_ray.serving.guards")  # whatever others have set above it
     client = guarded(failing)
     answer = client.get("/search")
     assert (answer.status_code, answer.json()["code"]) == (500, "internal")
