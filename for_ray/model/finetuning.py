@@ -9,13 +9,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, distributed, nn
-from torch.nn.parallel import DistributedDataParallel
 
-from for_ray.errors import ForRayError
 from for_ray.model.backbone import Features
 from for_ray.model.boxes import kept_slots
 from for_ray.model.encoder_config import KeepRule
@@ -28,6 +26,7 @@ from for_ray.model.objectives import (
     RankObjective,
     num_workers,
 )
+from for_ray.model.trainer import HaltedError, Trainer
 
 LR_DROP = 0.1
 """What the learning rate is multiplied with at the drop epoch (Table 8)."""
@@ -37,10 +36,6 @@ BETAS = (0.9, 0.999)
 
 TINY = 1e-12
 """In the place of a weight of 0: no slot of the whole batch has anything to learn."""
-
-
-class HaltedError(ForRayError):
-    """The training cannot go on; all workers find it in the same step, so that none waits for another."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +76,7 @@ class LossMean(NamedTuple):
     num_dropped: int
 
 
-class Finetuner:
+class Finetuner(Trainer):
     """Trains an objective step by step; where a process group exists, together with the other workers.
 
     Args:
@@ -99,16 +94,10 @@ class Finetuner:
         *,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        self.objective, self._losses, self._adam, self._dtype = objective, losses, adam, dtype
-        self.trained = {name: each for name, each in objective.named_parameters() if each.requires_grad}
-        self.device = next(iter(self.trained.values())).device
+        super().__init__(objective, dtype=dtype)
+        self.objective, self._losses, self._adam = objective, losses, adam
         self.optimizer = torch.optim.Adam(
             self.trained.values(), lr=adam.lr, betas=BETAS, weight_decay=adam.weight_decay, fused=True
-        )
-        self._scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16)
-        # The texts are frozen: broadcasting buffers would send them to every worker at every step.
-        self._model = (
-            DistributedDataParallel(objective, broadcast_buffers=False) if num_workers() > 1 else objective
         )
 
     def step(
@@ -132,8 +121,7 @@ class Finetuner:
         for group in self.optimizer.param_groups:
             group["lr"] = self._adam.lr_at(epoch, step)
         self.optimizer.zero_grad(set_to_none=True)
-        is_lower = self._dtype != torch.float32
-        with torch.autocast(self.device.type, dtype=self._dtype if is_lower else None, enabled=is_lower):
+        with self._autocast():
             outcome: Outcome = self._model(features, labels)
         totals, num_broken = self._add_up(outcome)
         means = {name: _mean(total) for name, total in totals.items()}
@@ -155,38 +143,6 @@ class Finetuner:
         self._scaler.step(self.optimizer)
         self._scaler.update()
         return means
-
-    def check(self, epoch: int) -> None:
-        """Refuse weights that are not finite; all workers hold the same.
-
-        Raises:
-            HaltedError: Some are not.
-        """
-        for name, value in self.trained.items():
-            if not value.isfinite().all():
-                raise HaltedError(f"epoch {epoch + 1}: {name} is not finite any more; take a lower --lr")
-
-    def state(self) -> dict[str, Any]:
-        """What a checkpoint holds of the weights and the optimizer, by reference."""
-        return {
-            "trained": {name: value.detach() for name, value in self.trained.items()},
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self._scaler.state_dict(),
-        }
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Go on from what `state` gave.
-
-        Raises:
-            ValueError: It is that of another model.
-        """
-        if set(state["trained"]) != set(self.trained):
-            raise ValueError("the checkpoint is that of a model with other trained weights")
-        with torch.no_grad():
-            for name, value in self.trained.items():
-                value.copy_(state["trained"][name])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self._scaler.load_state_dict(state["scaler"])
 
     def _add_up(self, outcome: Outcome) -> tuple[dict[LossName, LossTotal], int]:
         """The sums over all workers. A step waits for the device here, to match, and to pick images."""

@@ -26,17 +26,17 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, distributed, nn
 from torch.nn import functional
-from torch.nn.parallel import DistributedDataParallel
 
 from for_ray.errors import ConfigError
 from for_ray.model.backbone import kind_of
 from for_ray.model.bundle import Bundle, open_bundle
 from for_ray.model.encoder import load_pooling
-from for_ray.model.finetuning import BETAS, TINY, HaltedError, LossMean
+from for_ray.model.finetuning import BETAS, TINY, LossMean
 from for_ray.model.margin_loss import ArcMargin, info_nce, mc_arc_margin
 from for_ray.model.objectives import num_workers
 from for_ray.model.pooling import make_pooling
 from for_ray.model.towers import build_clip
+from for_ray.model.trainer import HaltedError, Trainer
 
 Recipe = Literal["gpr", "realign", "mcip"]
 
@@ -207,7 +207,7 @@ def _among_all(mine: Tensor, first: int, num_rows: int) -> Tensor:
     return torch.cat([everyone[:first], mine, everyone[first + len(mine) :]])
 
 
-class TowerTrainer:
+class TowerTrainer(Trainer):
     """Trains an objective step by step; where a process group exists, together with the other workers.
 
     Args:
@@ -225,14 +225,9 @@ class TowerTrainer:
         *,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        self._settings, self._adam, self._dtype = settings, adam, dtype
-        self.trained = {name: each for name, each in objective.named_parameters() if each.requires_grad}
-        self.device = next(iter(self.trained.values())).device
+        super().__init__(objective.eval(), dtype=dtype)
+        self._settings, self._adam = settings, adam
         self.optimizer = torch.optim.AdamW(_groups(self.trained, adam), lr=adam.lr, betas=BETAS)
-        self._scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16)
-        self._model: nn.Module = objective.eval()
-        if num_workers() > 1:
-            self._model = DistributedDataParallel(objective, broadcast_buffers=False)
 
     def step(self, batch: ImageBatch | PairBatch, *, step: int) -> dict[str, LossMean]:
         """Learn from one global batch; this worker has its part of it, at least one image.
@@ -250,8 +245,7 @@ class TowerTrainer:
         for group in self.optimizer.param_groups:
             group["lr"] = self._adam.lr_at(step) * group["factor"]
         self.optimizer.zero_grad(set_to_none=True)
-        is_lower = self._dtype != torch.float32
-        with torch.autocast(self.device.type, dtype=self._dtype if is_lower else None, enabled=is_lower):
+        with self._autocast():
             sums: dict[str, Sums] = self._model(batch)
         means = _means(sums)
         if not all(math.isfinite(each.mean) for each in means.values()):
@@ -266,38 +260,6 @@ class TowerTrainer:
         self._scaler.step(self.optimizer)
         self._scaler.update()
         return means
-
-    def check(self, epoch: int) -> None:
-        """Refuse weights that are not finite; all workers hold the same.
-
-        Raises:
-            HaltedError: Some are not.
-        """
-        for name, value in self.trained.items():
-            if not value.isfinite().all():
-                raise HaltedError(f"epoch {epoch + 1}: {name} is not finite any more; take a lower --lr")
-
-    def state(self) -> dict[str, Any]:
-        """What a checkpoint holds of the weights and the optimizer, by reference."""
-        return {
-            "trained": {name: value.detach() for name, value in self.trained.items()},
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self._scaler.state_dict(),
-        }
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Go on from what `state` gave.
-
-        Raises:
-            ValueError: It is that of another model.
-        """
-        if set(state["trained"]) != set(self.trained):
-            raise ValueError("the checkpoint is that of a model with other trained weights")
-        with torch.no_grad():
-            for name, value in self.trained.items():
-                value.copy_(state["trained"][name])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self._scaler.load_state_dict(state["scaler"])
 
     def _gamma(self, name: str) -> float:
         if self._settings.recipe != "mcip":

@@ -24,7 +24,7 @@ import torch
 from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 
 from for_ray.errors import StageError
-from for_ray.model.finetuning import HaltedError
+from for_ray.model.trainer import HaltedError
 from for_ray.schema import EpochMetrics
 from for_ray.stages.failures import failures
 from for_ray.stages.tower_job import TowerJob

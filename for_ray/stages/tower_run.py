@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 
 from for_ray.datasets.sampling import epoch_batches
 from for_ray.model.bundle import Bundle, open_bundle
-from for_ray.model.finetuning import HaltedError
 from for_ray.model.tower_tuning import (
     ClassObjective,
     ImageBatch,
@@ -30,6 +29,7 @@ from for_ray.model.tower_tuning import (
     load_clip,
     save_tuned,
 )
+from for_ray.model.trainer import HaltedError
 from for_ray.schema import EpochMetrics
 from for_ray.stages.loss_curve import LossCurve
 from for_ray.stages.tower_job import TowerJob

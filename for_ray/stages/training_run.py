@@ -23,10 +23,11 @@ from for_ray.datasets.sampling import epoch_batches, pad
 from for_ray.model.bundle import Bundle, open_bundle
 from for_ray.model.encoder import Encoder, load_encoder
 from for_ray.model.encoder_config import POOLING_PREFIX
-from for_ray.model.finetuning import Finetuner, HaltedError, max_cosines, set_dropout
+from for_ray.model.finetuning import Finetuner, max_cosines, set_dropout
 from for_ray.model.objectives import LossLabels, LossName, Objective, RankObjective
 from for_ray.model.slot_model import SlotModel, as_features, as_tokens
 from for_ray.model.trained_bundle import save_trained
+from for_ray.model.trainer import HaltedError
 from for_ray.schema import EpochMetrics
 from for_ray.stages.loss_curve import LossCurve
 from for_ray.stages.training_images import BatchReader, ReadBatch, TrainingImages

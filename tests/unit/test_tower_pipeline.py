@@ -15,8 +15,8 @@ from for_ray.datasets.labelled import Ragged
 from for_ray.datasets.sampling import epoch_batches
 from for_ray.errors import ConfigError, DataError
 from for_ray.model.bundle import open_bundle
-from for_ray.model.finetuning import HaltedError
 from for_ray.model.tower_tuning import PairBatch
+from for_ray.model.trainer import HaltedError
 from for_ray.pipeline.tower_tuning import TowerTuning, make_tower_job, run_tower_tuning
 from for_ray.stages.caption_table import CaptionRun, CaptionTable, write_captions
 from for_ray.stages.progress import Progress

@@ -10,11 +10,12 @@ from torch import Tensor, distributed, multiprocessing, nn
 
 from for_ray.model.backbone import Features
 from for_ray.model.encoder import Encoder, load_encoder
-from for_ray.model.finetuning import AdamSettings, Finetuner, HaltedError, max_cosines, set_dropout
+from for_ray.model.finetuning import AdamSettings, Finetuner, max_cosines, set_dropout
 from for_ray.model.objectives import LossLabels, LossSettings, Objective, RankObjective
 from for_ray.model.set_loss import SetLoss
 from for_ray.model.slot_model import SlotModel
 from for_ray.model.trained_bundle import HeadSettings, untrained_bundle
+from for_ray.model.trainer import HaltedError
 
 HEAD = HeadSettings(num_slots=4, num_layers=1, feedforward_width=32, seed=1)
 NUM_BASE, NUM_NAMES, SCALE = 5, 9, 20.0

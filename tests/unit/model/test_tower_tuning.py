@@ -12,7 +12,6 @@ from torch import distributed, multiprocessing
 from for_ray.errors import ConfigError
 from for_ray.model.bundle import Bundle, open_bundle
 from for_ray.model.encoder import load_encoder
-from for_ray.model.finetuning import HaltedError
 from for_ray.model.margin_loss import arc_margin, info_nce, mc_arc_margin
 from for_ray.model.tower_tuning import (
     AdamWSettings,
@@ -27,6 +26,7 @@ from for_ray.model.tower_tuning import (
     load_clip,
     save_tuned,
 )
+from for_ray.model.trainer import HaltedError
 
 ADAM = AdamWSettings(lr=1e-4, lr_end=1e-5, num_steps=3)
 NUM_CLASSES, SIZE = 3, 64

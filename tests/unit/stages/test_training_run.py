@@ -16,9 +16,10 @@ from for_ray.datasets.labelled import Ragged
 from for_ray.datasets.spec import open_dataset
 from for_ray.model.bundle import open_bundle
 from for_ray.model.encoder import load_encoder
-from for_ray.model.finetuning import AdamSettings, HaltedError
+from for_ray.model.finetuning import AdamSettings
 from for_ray.model.objectives import LossSettings
 from for_ray.model.trained_bundle import HeadSettings, untrained_bundle
+from for_ray.model.trainer import HaltedError
 from for_ray.stages import training_run
 from for_ray.stages.training_data import find_images, open_labels, part_images
 from for_ray.stages.training_job import FinetuneJob
