@@ -7,9 +7,10 @@ table of images. An opened index stays with its snapshot, whatever is published 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,6 +51,10 @@ from for_ray.storage.refusals import lance_refusals
 
 if TYPE_CHECKING:
     from for_ray.model.encoder import Encoder
+
+
+IMAGES_KEPT = 10_000
+"""Whose place is known without asking the table: a page of hits asks for each thumbnail again and again."""
 
 
 def open_index(
@@ -141,6 +146,9 @@ class OpenIndex:
         self._is_closed = False
         self._sample: ImageVectors | None = None
         self._lock = threading.Lock()
+        self._find_image: Callable[[int], StoredImage | None] = functools.lru_cache(IMAGES_KEPT)(
+            functools.partial(find_image, images)
+        )
 
     @property
     def encoder(self) -> Encoder:
@@ -167,10 +175,11 @@ class OpenIndex:
         self._is_closed = True
         self._segments.close()
         self._images = self._sample = self._texts = None
+        self._find_image = functools.partial(find_image, None)
 
     def image(self, image_id: int) -> StoredImage | None:
         """Which image an id stands for; None where this snapshot does not hold it."""
-        return find_image(self._images, image_id)
+        return self._find_image(image_id)
 
     def objects(self, image_id: int) -> StoredObjects | None:
         """What this snapshot holds of an image; None where it does not hold it."""

@@ -245,10 +245,49 @@ def test_image_that_is_gone_is_told(tab: Any) -> None:
         tab.page.route(path, lambda route: route.fulfill(**gone))
     tab.open("?q=a+keyboard")
     tab.tiles.first.locator(".missing").wait_for()
-    assert tab.tiles.first.locator(".frame").inner_text() == "gone, or changed since it was indexed"
+    assert tab.tiles.first.locator(".frame").inner_text() == "The file is gone."
     tab.tiles.first.locator(".tile").click()
     tab.page.locator("#viewer .gone").wait_for()
-    assert tab.page.inner_text("#viewer .gone") == "The image is gone, or was changed since it was indexed."
+    assert tab.page.inner_text("#viewer .gone") == "The file is gone."
     assert tab.page.locator(".slot").count() > 3
     tab.open("?image=123456")
     tab.page.locator("#viewer .gone").wait_for()
+
+
+@pytest.mark.parametrize(
+    ("answer", "line"),
+    [
+        ({"status": 429, "json": {"error": "too many requests", "code": "rate"}}, "Too many requests."),
+        ({"status": 503, "json": {"error": "the store is away", "code": "index"}}, "The store is away."),
+        (None, "The service does not answer: check that it runs, and try again."),
+    ],
+    ids=["rate", "store", "network"],
+)
+def test_image_that_does_not_come_is_not_said_to_be_gone(
+    tab: Any, answer: dict[str, Any] | None, line: str
+) -> None:
+    for path in ("**/thumbnails/*", re.compile(r"/images/\d+$")):
+        tab.page.route(path, lambda route: route.fulfill(**answer) if answer else route.abort())
+    tab.open("?q=a+keyboard")
+    tab.tiles.first.locator(".missing").wait_for()
+    assert tab.tiles.first.locator(".frame").inner_text() == line
+    tab.tiles.first.locator(".tile").click()
+    tab.page.locator("#viewer .gone").wait_for()
+    assert tab.page.inner_text("#viewer .gone") == line
+
+
+def test_image_that_comes_at_the_second_time_is_shown(tab: Any) -> None:
+    refused: set[str] = set()
+
+    def answer(route: Any) -> None:
+        if route.request.url in refused:
+            route.continue_()
+        else:
+            refused.add(route.request.url)
+            route.fulfill(status=503, json={"error": "busy", "code": "busy"})
+
+    tab.page.route("**/thumbnails/*", answer)
+    tab.open("?q=a+keyboard")
+    tab.page.locator(".hit .frame.loaded").first.wait_for()
+    assert tab.page.locator(".missing").count() == 0
+    assert tab.tiles.first.locator(".box").count() == 1

@@ -68,6 +68,17 @@ export const imageOf = async (imageId, signal) => (await call(`images/${imageId}
 export const imageUrl = (imageId) => absolute(`images/${imageId}`).href;
 export const thumbnailUrl = (imageId, side) => absolute(`thumbnails/${imageId}?side=${side}`).href;
 
+/** Why a picture did not come, in one line; null where it comes now: the reason of an `img` is known to nobody else. */
+export async function whyMissing(url) {
+  try {
+    const response = await call(url);
+    await response.body?.cancel();
+    return null;
+  } catch (error) {
+    return error.message;
+  }
+}
+
 /** Export hits; the file and the name that the service gives it. */
 export async function exportHits(body) {
   const response = await call("export", { method: "POST", body });

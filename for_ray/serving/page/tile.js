@@ -1,7 +1,7 @@
 // One result: its image, the boxes of its objects, and what it says.
 
-import { thumbnailUrl } from "./api.js";
-import { colourOf, el, fileName, placeBox } from "./dom.js";
+import { thumbnailUrl, whyMissing } from "./api.js";
+import { colourOf, el, fileName, placeBox, sentence } from "./dom.js";
 
 const SIDE = devicePixelRatio > 1.2 ? 640 : 384; // pixels of a thumbnail
 const [NARROWEST, WIDEST] = [0.4, 3]; // of a tile; an image beyond is shown whole in a tile like that
@@ -47,8 +47,16 @@ export function makeHit(hit, names, rank) {
   const item = makeItem(isKnown ? hit.width / hit.height : 1, "hit", tile, tick);
   if (isKnown) frame.style.setProperty("--ratio", hit.width / hit.height);
   image.addEventListener("load", () => showLoaded(item, frame, image, isKnown));
-  image.addEventListener("error", () => frame.replaceChildren(el("span", { class: "missing" }, "gone, or changed since it was indexed")));
+  image.addEventListener("error", () => showMissing(frame, image));
   return item;
+}
+
+/** Say why there is no image; one that comes now is shown after all. */
+async function showMissing(frame, image) {
+  const why = image.dataset.again ? "this browser cannot show it" : await whyMissing(image.src);
+  if (why !== null) return frame.replaceChildren(el("span", { class: "missing" }, sentence(why)));
+  image.dataset.again = "yes";
+  image.src = image.src; // loads it anew
 }
 
 function showLoaded(item, frame, image, isKnown) {

@@ -1,6 +1,6 @@
 // One image, large, with all its objects to choose from.
 
-import { imageUrl, objectsOf, thumbnailUrl } from "./api.js";
+import { imageUrl, objectsOf, thumbnailUrl, whyMissing } from "./api.js";
 import { byId, colourOf, el, fileName, isWriting, placeBox, sentence } from "./dom.js";
 import { RegionDrawing } from "./region.js";
 
@@ -25,6 +25,7 @@ export class Viewer extends EventTarget {
   #drawing = new RegionDrawing(this.#figure);
   #abort = new AbortController();
   #known = null;
+  #isAgain = false; // whether the small image is asked for the second time
   #names = [];
   #hit = null;
 
@@ -70,6 +71,7 @@ export class Viewer extends EventTarget {
 
   #showImage(hit) {
     this.#known = null;
+    this.#isAgain = false;
     this.#fill("", hit?.uri ?? "");
     this.#dialog.querySelector(".slots").replaceChildren();
     this.#dialog.querySelector(".slot-list").replaceChildren();
@@ -83,10 +85,17 @@ export class Viewer extends EventTarget {
   }
 
   /** Files that this browser cannot show: the service can. */
-  #showSmaller() {
+  async #showSmaller() {
     const url = thumbnailUrl(this.imageId, LARGEST_THUMBNAIL);
-    if (this.#image.src !== url) this.#image.src = url;
-    else this.#fail("The image is gone, or was changed since it was indexed.");
+    if (this.#image.src !== url) {
+      this.#image.src = url;
+      return;
+    }
+    const why = this.#isAgain ? "this browser cannot show the image" : await whyMissing(url);
+    if (this.#image.src !== url) return; // another image is shown meanwhile
+    this.#isAgain = true;
+    if (why === null) this.#image.src = url;
+    else this.#fail(sentence(why));
   }
 
   #fail(text) {

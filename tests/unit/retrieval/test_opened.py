@@ -17,7 +17,7 @@ from for_ray.errors import ConfigError, DataError, ForRayError
 from for_ray.evaluation.exact import exact_top_images
 from for_ray.index import table
 from for_ray.model.bundle import Bundle
-from for_ray.retrieval import Hit, open_index
+from for_ray.retrieval import Hit, open_index, rows
 from for_ray.sheet import Tile
 from tests.planted import Planted, PlantedIndex, at_cosines
 
@@ -377,3 +377,21 @@ def test_example_is_read(tmp_path: Path) -> None:
     assert retrieval.read_example(str(path)) == jpeg()
     refusal(ConfigError, lambda: retrieval.read_example(str(tmp_path / "b.jpg")), "b.jpg")
     refusal(ForRayError, lambda: retrieval.read_example(str(tmp_path)), str(tmp_path))
+
+
+def test_table_is_asked_once_where_an_image_lies(
+    published: PlantedIndex, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[NDArray[np.int64]] = []
+    take_rows = rows.take_rows
+
+    def counting(images: Any, image_ids: NDArray[np.int64], columns: list[str]) -> Any:
+        asked.append(image_ids)
+        return take_rows(images, image_ids, columns)
+
+    monkeypatch.setattr(rows, "take_rows", counting)
+    index = open_index(published.uri)
+    first = index.image(0)
+    assert first is not None
+    assert (first.image_id, index.image(0), index.image(99)) == (0, first, None)
+    assert len(asked) == 2
