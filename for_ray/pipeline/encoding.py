@@ -40,6 +40,7 @@ def encode_gap(
     most_bad: float,
     lease: Lease,
     on_progress: Callable[[int], None],
+    stage: str = "encode",
 ) -> Encoded:
     """Encode a gap; where processes or nodes die, go on with what is left.
 
@@ -56,6 +57,7 @@ def encode_gap(
         most_bad: See `encode`.
         lease: See `encode`.
         on_progress: See `encode`.
+        stage: What an error calls it.
 
     Raises:
         StageError: Processes die also where images are decoded apart: images are not the cause. Or an encoder
@@ -88,7 +90,7 @@ def encode_gap(
         crash = encoded.crash
         before, in_vain = in_vain, None if encoded.counts.stored else crash
         if in_vain == before == UNREACHABLE:  # so is, at times, one that dies at every image
-            raise StageError("encode", DEAD_ENCODER)
+            raise StageError(stage, DEAD_ENCODER)
         is_apart |= crash not in OF_NODES or in_vain == RESULTS_LOST
         num_crashes += crash not in OF_NODES or in_vain is not None
         # Images that were gone or replaced are in no table: they are met, and counted, again.
@@ -99,7 +101,7 @@ def encode_gap(
         if not num_images:
             return encoded._replace(counts=done, work=work, crash=None)
     raise StageError(
-        "encode",
+        stage,
         f"processes of workers died in {MOST_PASSES} attempts, though no image is to blame: {crash}; "
         "have the nodes memory for them, and do they stay? Run again to go on: what was committed stays",
     )

@@ -306,6 +306,7 @@ class _Run:
                     most_bad=most_bad - found.num_missing - gap.num_quarantined,
                     lease=lease,
                     on_progress=update,
+                    stage="label",
                 )
             images, counts = encoded.table, encoded.counts
         seconds = time.monotonic() - started

@@ -30,8 +30,6 @@ from for_ray.serving.service import Service
 MAX_SNAPSHOTS = 100
 """That are listed."""
 
-__all__ = ["Service", "make_app"]
-
 THUMBNAIL_SECONDS = 86_400
 """For which a browser shows a thumbnail without asking."""
 

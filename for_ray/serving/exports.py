@@ -7,10 +7,9 @@ import datetime
 import io
 import json
 import math
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from for_ray.retrieval import Answer, Hit, StoredObjects
+from for_ray.retrieval import Answer, Found, Hit, StoredObjects
 
 COLUMNS = (
     "rank", "image_id", "uri", "image_score", "name", "score", "slot",
@@ -106,38 +105,28 @@ def _coco(answer: Answer) -> dict[str, Any]:
     images = [
         {"id": hit.image_id, "file_name": hit.uri, "width": hit.width, "height": hit.height} for hit in sized
     ]
-    annotations = [box for hit in sized for box in _annotations(hit, names)]
-    for number, annotation in enumerate(annotations, 1):
-        annotation["id"] = number
+    boxes = [(hit, found) for hit in sized for found in hit.found]
     about = f"hits of snapshot {answer.snapshot_id}"
     return {
         "info": {"description": about, "images_without_size": len(answer.hits) - len(sized)},
         "images": images,
         "categories": [{"id": number, "name": name} for number, name in enumerate(names, 1)],
-        "annotations": annotations,
+        "annotations": [
+            _annotation(number, hit, found, names) for number, (hit, found) in enumerate(boxes, 1)
+        ],
     }
 
 
-def _annotations(hit: Hit, names: list[str]) -> list[dict[str, Any]]:
-    annotations = []
-    for found in hit.found:
-        x, y, width, height = _pixels(found.box, {"width": hit.width or 0, "height": hit.height or 0})
-        annotations.append(
-            {
-                "id": 0,
-                "image_id": hit.image_id,
-                "category_id": names.index(found.name or NAMELESS) + 1,
-                "bbox": [x, y, width, height],
-                "area": round(width * height, 2),
-                "iscrowd": 0,
-                "score": found.score,
-            }
-        )
-    return annotations
-
-
-def _pixels(box: tuple[float, float, float, float], size: Mapping[str, int]) -> tuple[float, ...]:
-    """COCO's x, y, width, height of a box of fractions."""
-    x0, y0, x1, y1 = box
-    wide, high = size["width"], size["height"]
-    return tuple(round(side, 2) for side in (x0 * wide, y0 * high, (x1 - x0) * wide, (y1 - y0) * high))
+def _annotation(number: int, hit: Hit, found: Found, names: list[str]) -> dict[str, Any]:
+    x0, y0, x1, y1 = found.box
+    wide, high = hit.width or 0, hit.height or 0
+    x, y, width, height = (round(s, 2) for s in (x0 * wide, y0 * high, (x1 - x0) * wide, (y1 - y0) * high))
+    return {
+        "id": number,
+        "image_id": hit.image_id,
+        "category_id": names.index(found.name or NAMELESS) + 1,
+        "bbox": [x, y, width, height],
+        "area": round(width * height, 2),
+        "iscrowd": 0,
+        "score": found.score,
+    }
