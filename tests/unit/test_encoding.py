@@ -61,7 +61,11 @@ def run(tmp_path, monkeypatch):
         given = {"job": None, "pool": None, "commit_seconds": 1.0, "most_bad": 9, "lease": None}
         images = table.create_table(str(tmp_path / "images.lance"), images_schema(4))
         where = {"work_uri": str(tmp_path / "gap"), "folder": tmp_path / "work"}
-        return lambda: encode_gap(images, gap, **where, **given, on_progress=told.append), made, told
+        return (
+            lambda **more: encode_gap(images, gap, **where, **given, on_progress=told.append, **more),
+            made,
+            told,
+        )
 
     return start
 
@@ -81,7 +85,8 @@ def test_nodes_that_go_while_work_is_done_may_be_as_many_as_they_like(run):
 def test_an_encoder_that_cannot_be_reached_at_its_first_image_twice_is_a_dead_one(run):
     start, _, _ = run((4, UNREACHABLE), (0, UNREACHABLE), (0, UNREACHABLE))
     with pytest.raises(StageError, match="died 4 times at the same images") as caught:
-        start()
+        start(stage="label")
+    assert caught.value.stage == "label"
     assert DEAD_ENCODER in str(caught.value)
 
 
