@@ -255,7 +255,7 @@ class OpenIndex:
             return text_query(question.text, self._names())
         if question.image is not None:
             return picture_query(question.image, question.region, self.encoder)
-        return like_query(question.like or "", self._images)
+        return like_query(question.like or "", question.region, self._images)
 
     def _answer(self, question: Question, query: Query) -> Answer:
         end = None if question.page is None else read_token(question.page)

@@ -13,7 +13,8 @@ from for_ray.index.search import ImageVectors
 from for_ray.retrieval.grammar import parse
 from for_ray.retrieval.names import NameVectors
 from for_ray.retrieval.question import MAX_HITS, Query, Question
-from for_ray.retrieval.rows import take_vectors
+from for_ray.retrieval.rows import take_objects, take_vectors
+from for_ray.schema import unpack_boxes
 from for_ray.sheet import Box
 
 if TYPE_CHECKING:
@@ -89,26 +90,40 @@ def picture_query(image: bytes, region: Box | None, encoder: Encoder) -> Query:
     return Query(vectors[[int(np.argmax(overlaps(boxes, region)))]])
 
 
-def like_query(like: str, images: Any) -> Query:
-    """The stored vectors of an image, or one of them.
+def like_query(like: str, region: Box | None, images: Any) -> Query:
+    """The stored vectors of an image, or one of them; with a region the one whose stored box fits it best.
 
     Raises:
         ConfigError: It names no image or object of the index.
         StorageError: The store refused.
     """
-    parts = _LIKE.fullmatch(like.strip())
-    if parts is None:
-        raise ConfigError(f"{like!r} is no object of the index: expected IMAGE_ID or IMAGE_ID:SLOT of a hit")
-    _, offsets, vectors = take_vectors(images, np.array([int(parts[1])]))
+    image_id, slot = parsed_like(like)
+    if region is None:
+        _, offsets, vectors = take_vectors(images, np.array([image_id]))
+    else:
+        _, offsets, vectors, boxes = take_objects(images, np.array([image_id]))
     vectors = np.asarray(vectors[offsets[0] : offsets[-1]], np.float32)
     if not len(vectors):
-        raise ConfigError(f"image {parts[1]} is not in this snapshot of the index: take the id of a hit")
-    slot = None if parts[2] is None else int(parts[2])
+        raise ConfigError(f"image {image_id} is not in this snapshot of the index: take the id of a hit")
+    if region is not None:
+        slot = int(np.argmax(overlaps(unpack_boxes(boxes), region)))
     if slot is not None and slot >= len(vectors):
-        found = f"image {parts[1]} has the slots 0 to {len(vectors) - 1}, got {slot}"
+        found = f"image {image_id} has the slots 0 to {len(vectors) - 1}, got {slot}"
         raise ConfigError(f"{found}: take image id and slot of a hit")
     chosen = vectors if slot is None else vectors[[slot]]
     return Query(chosen / np.linalg.norm(chosen, axis=1, keepdims=True))
+
+
+def parsed_like(like: str) -> tuple[int, int | None]:
+    """Image id and slot that `IMAGE_ID:SLOT` names; no slot where it is `IMAGE_ID`.
+
+    Raises:
+        ConfigError: It is neither.
+    """
+    parts = _LIKE.fullmatch(like.strip())
+    if parts is None:
+        raise ConfigError(f"{like!r} is no object of the index: expected IMAGE_ID or IMAGE_ID:SLOT of a hit")
+    return int(parts[1]), None if parts[2] is None else int(parts[2])
 
 
 def overlaps(boxes: NDArray[np.floating], region: Box) -> NDArray[np.float64]:
@@ -148,8 +163,10 @@ def unwanted_limits(sample: ImageVectors, terms: NDArray[np.float32]) -> NDArray
 
 def _check_region(question: Question) -> None:
     x0, y0, x1, y1 = question.region or (0, 0, 1, 1)
-    if question.image is None:
+    if question.text is not None:
         raise ConfigError("a region is one of a picture: give the picture too, or leave the region out")
+    if question.like is not None and parsed_like(question.like)[1] is not None:
+        raise ConfigError("a slot is one object, a region another: give IMAGE_ID alone with the region")
     if not (0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1):
         found = f"a region is x0, y0, x1, y1 as fractions of the picture, got {question.region}"
         raise ConfigError(f"{found}: expected 0 <= x0 < x1 <= 1, and likewise y")

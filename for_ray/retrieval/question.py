@@ -63,8 +63,8 @@ class Question:
     Attributes:
         text: Words, in the grammar of `retrieval.grammar`.
         image: An image file (JPEG, PNG, …), encoded as the index's images are.
-        region: With an image, the object that this box of it shows: x0, y0, x1, y1 as fractions of the
-            upright image.
+        region: With an image, or with an image of the index, the object that this box of it shows: x0, y0,
+            x1, y1 as fractions of the upright image.
         like: An image of the index, `IMAGE_ID`, or an object of it, `IMAGE_ID:SLOT`.
         k: Images an answer, 1 to `MAX_HITS`.
         filters: Which images may be found.

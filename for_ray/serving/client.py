@@ -172,7 +172,8 @@ class Client:
         Args:
             text: Words, in the grammar of `retrieval.grammar`.
             image: An image file, or its bytes.
-            region: With an image, a box of it as fractions of width and height.
+            region: With an image, or with `like` an image of the index, a box of it as fractions of width
+                and height.
             like: `IMAGE_ID` or `IMAGE_ID:SLOT`.
             **options: `k`, `min_score`, `fold_at`, `unwanted_above`, `page`, as of `retrieval.Question`; and
                 `under`, `glob`, `where`, `image_ids`, as of `retrieval.Filters`.

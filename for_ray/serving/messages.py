@@ -70,7 +70,9 @@ class QuestionBody(_Message):
     )
     like: Line | None = Field(None, max_length=32, description="IMAGE_ID:SLOT, or IMAGE_ID for all it shows")
     region: tuple[Fraction, Fraction, Fraction, Fraction] | None = Field(
-        None, description="of the picture: x0, y0, x1, y1 as fractions of its width and height"
+        None,
+        description="of the picture, or of the image that `like` names: x0, y0, x1, y1 as fractions of its "
+        "width and height",
     )
     k: int = Field(60, strict=True, ge=1, le=MAX_K)
     filters: FiltersBody = FiltersBody()

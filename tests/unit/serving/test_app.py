@@ -96,6 +96,31 @@ def test_similar_objects(client: TestClient) -> None:
     assert client.get("/similar/4/0").json()["error"].startswith("image 4 is not in this snapshot")
 
 
+@pytest.mark.parametrize(("region", "slot"), [((0.0, 0.1, 0.35, 1.0), 1), ((0.65, 0.2, 1.0, 0.9), 2)])
+def test_a_region_of_an_indexed_image_is_its_slot_that_fits_best(
+    client: TestClient, region: tuple[float, ...], slot: int
+) -> None:
+    found = client.post("/search", json={"like": "2", "region": region, "k": 3}).json()
+    assert found["hits"] == client.post("/search", json={"like": f"2:{slot}", "k": 3}).json()["hits"]
+    assert found["next_page"] != client.post("/search", json={"like": "2", "k": 3}).json()["next_page"]
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ({"like": "2:1", "region": (0, 0, 1, 1)}, "give IMAGE_ID alone with the region"),
+        ({"like": "2", "region": (0.5, 0, 0.5, 1)}, "0 <= x0 < x1 <= 1"),
+        ({"like": "4", "region": (0, 0, 1, 1)}, "image 4 is not in this snapshot"),
+        ({"like": "x", "region": (0, 0, 1, 1)}, "'x' is no object of the index"),
+        ({"text": "a dog", "region": (0, 0, 1, 1)}, "a region is one of a picture"),
+    ],
+)
+def test_regions_that_are_none_are_refused(client: TestClient, body: dict[str, Any], words: str) -> None:
+    refused = client.post("/search", json=body)
+    assert (refused.status_code, refused.json()["code"]) == (400, "request")
+    assert words in refused.json()["error"]
+
+
 @pytest.mark.parametrize(
     ("body", "position"),
     [({"text": "a dog AND"}, 9), ({"text": "a (dog"}, 2), ({"text": ""}, 0), ({"text": "NOT a dog"}, 4)],
