@@ -86,7 +86,8 @@ def chromium() -> Path:
 @pytest.fixture(scope="module")
 def browser(chromium: Path) -> Iterator[Any]:
     """Chromium, without a window. While it is open, this thread has an event loop, as no other test wants."""
-    sync_api = pytest.importorskip("playwright.sync_api")
+    reason = "the package playwright is missing: the extra `dev` brings it"
+    sync_api = pytest.importorskip("playwright.sync_api", reason=reason)
     with sync_api.sync_playwright() as playwright:
         opened = playwright.chromium.launch(executable_path=str(chromium), args=ARGUMENTS)
         yield opened

@@ -136,7 +136,7 @@ def test_all_by_keyboard(tab: Any) -> None:
     tab.page.keyboard.press("Shift+ ")
     assert tab.page.inner_text("#selected-count") == "3 selected"
     tab.page.keyboard.press("Control+a")
-    assert tab.page.inner_text("#selected-count") == "121 selected"  # those that one would scroll to as well
+    assert tab.page.inner_text("#selected-count") == f"{len(ids)} selected"
     tab.page.keyboard.press("Escape")
     assert tab.page.locator("#selection").is_hidden()
     tab.page.keyboard.press("Enter")
@@ -171,6 +171,102 @@ def test_closing_an_image_gives_its_tile_the_focus(tab: Any) -> None:
     tab.page.locator("#viewer[open]").wait_for()
     tab.page.go_back()
     tab.wait("!document.querySelector('#viewer').open")
+
+
+def test_selection_outlives_a_refinement_a_reload_and_back(tab: Any) -> None:
+    tab.open("?q=a+keyboard")
+    tab.page.locator(".hit .tick").nth(0).click()
+    tab.page.locator(".hit .tick").nth(2).click()
+    chosen = [tab.ids()[rank] for rank in (0, 2)]
+    assert tab.page.evaluate("location.hash") == f"#sel={chosen[0]},{chosen[1]}"
+    tab.ask("a keyboard AND a ghost")
+    marked = tab.page.locator(".hit.selected .tile").evaluate_all(
+        "tiles => tiles.map(each => +each.dataset.id)"
+    )
+    assert set(marked) <= set(chosen)
+    others = 2 - len(marked)
+    tab.page.reload()
+    tab.settle()
+    assert tab.page.inner_text("#selected-count") == "2 selected"
+    assert tab.page.inner_text("#selected-elsewhere") == (f"{others} not among these" if others else "")
+    tab.page.click("#export-selected")
+    _, text = _export(tab, kind="jsonl")
+    assert {json.loads(line)["image_id"] for line in text.splitlines()} == set(chosen)
+    tab.page.click("#select-none")
+    assert tab.page.locator("#selection").is_hidden()
+    assert tab.page.evaluate("location.hash") == ""
+    assert _focused(tab) == tab.ids()[0]
+    tab.page.go_back()  # clearing can be taken back
+    tab.wait("document.getElementById('selected-count').textContent === '2 selected'")
+    tab.page.go_back()  # to the first question
+    tab.settle()
+    assert tab.page.input_value("#question") == "a keyboard"
+    assert tab.page.locator(".hit.selected").count() == 2
+    tab.page.click(".brand")
+    assert tab.page.evaluate("location.hash + location.search") == ""
+
+
+def test_selected_in_an_open_image_stays_selected_when_back_closes_it(tab: Any) -> None:
+    tab.open("?q=a+keyboard")
+    tab.tiles.nth(1).locator(".tile").click()
+    tab.page.locator(".slot").first.wait_for()
+    tab.page.keyboard.press("s")
+    tab.page.go_back()
+    tab.wait("!document.querySelector('#viewer').open")
+    assert tab.page.evaluate("location.hash") == f"#sel={tab.ids()[1]}"
+    assert tab.page.inner_text("#selected-count") == "1 selected"
+
+
+def test_selection_is_as_large_as_an_address_holds(tab: Any) -> None:
+    tab.open(f"?q=a+keyboard#sel=x,-1,{','.join(str(each) for each in range(100_000, 101_200))}")
+    assert tab.page.inner_text("#selected-count") == "1,000 selected"
+    assert tab.page.inner_text("#selected-elsewhere") == "1,000 not among these"
+    tab.page.locator(".hit .tick").first.click()
+    assert "At most 1,000 images" in tab.page.inner_text(".toast")
+    assert tab.page.inner_text("#selected-count") == "1,000 selected"
+    assert tab.page.locator(".hit .tick").first.is_checked() is False
+
+
+def test_keys_go_on_when_what_had_the_focus_is_gone(tab: Any) -> None:
+    tab.open("?q=a+keyboard#sel=1")
+    tab.page.keyboard.press("Tab")
+    assert tab.page.evaluate("document.activeElement.className") == "skip"
+    tab.page.keyboard.press("Enter")
+    ids = tab.ids()
+    assert _focused(tab) == ids[0]
+    assert tab.page.evaluate("location.hash") == "#sel=1"
+    tab.page.keyboard.press("Enter")
+    tab.page.locator(".slots .box").first.wait_for()
+    tab.page.locator(".slots .box").last.click()  # has the focus, and goes with the next image
+    for rank in (1, 2):
+        tab.page.keyboard.press("ArrowRight")
+        tab.wait(f"location.search.includes('image={ids[rank]}&')")
+    tab.page.locator(".slot").first.wait_for()
+    tab.page.locator(".slot").first.focus()
+    tab.page.keyboard.press("ArrowDown")
+    assert tab.page.evaluate("document.activeElement.getAttribute('aria-pressed')") == "true"
+    for key in ("r", "Escape", "r"):  # a region is begun, left, and begun again
+        tab.page.keyboard.press(key)
+    assert tab.page.locator("#viewer .region").is_visible()
+    tab.page.keyboard.press("m")
+    tab.page.locator("#example:has-text('more like this region')").wait_for()
+    tab.settle()
+    assert _focused(tab) == tab.ids()[0]
+
+
+def test_focus_is_under_no_bar(tab: Any) -> None:
+    tab.open("?q=a+keyboard#sel=1")
+    tab.page.press("#question", "Escape")
+    for key in ("ArrowDown", "ArrowUp"):
+        for _ in range(8):
+            tab.page.keyboard.press(key)
+            top, bottom = tab.page.evaluate(
+                "(({top, bottom}) => [top, bottom])(document.activeElement.getBoundingClientRect())"
+            )
+            assert top >= tab.page.evaluate("document.querySelector('.top').getBoundingClientRect().bottom")
+            assert bottom <= tab.page.evaluate(
+                "document.querySelector('#selection').getBoundingClientRect().top"
+            )
 
 
 @pytest.mark.parametrize(("key", "dialog"), [("?", "#help"), ("e", "#export"), ("Enter", "#viewer")])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -78,19 +78,29 @@ def _assert_not_owned(tab: Any) -> None:
     assert tab.page.locator("img[src=x], #results script, #results b:not(.caption b, .chip b)").count() == 0
 
 
+@pytest.fixture(scope="module")
+def violations() -> Callable[[Any], list[tuple[str, str]]]:
+    """What axe-core finds on a page that keeps people out: its rules, and where."""
+    reason = "the package axe-playwright-python is missing: the extra `dev` brings it"
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason=reason).Axe()
+
+    def find(page: Any) -> list[tuple[str, str]]:
+        found = axe.run(page).response["violations"]
+        return [
+            (each["id"], each["nodes"][0]["html"])
+            for each in found
+            if each["impact"] in {"moderate", "serious", "critical"}
+        ]
+
+    return find
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_accessibility(open_tab: Any, scheme: str) -> None:
-    axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
+def test_accessibility(open_tab: Any, violations: Any, scheme: str) -> None:
     tab = open_tab(color_scheme=scheme, reduced_motion="reduce")
 
     def check(where: str) -> None:
-        found = axe.run(tab.page).response["violations"]
-        bad = [
-            (each["id"], each["nodes"][0]["html"])
-            for each in found
-            if each["impact"] in {"serious", "critical"}
-        ]
-        assert bad == [], where
+        assert violations(tab.page) == [], where
 
     tab.open()
     check("start")
@@ -109,6 +119,37 @@ def test_accessibility(open_tab: Any, scheme: str) -> None:
     check("viewer")
     tab.open("?q=a+dog+AND")
     check("error")
+    tab.page.fill("#question", "")
+    check("suggestions")
+    tab.open("?q=a+keyboard&under=/nowhere")
+    check("nothing found")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_accessibility_of_the_other_dialogs(
+    open_tab: Any, served: Any, locked: str, violations: Any, scheme: str
+) -> None:
+    tab = open_tab(locked, color_scheme=scheme, reduced_motion="reduce")
+    tab.page.goto(locked)
+    tab.page.locator("#token[open]").wait_for()
+    assert violations(tab.page) == []
+    tab.page.fill("#token [name=token]", "open sesame 123")
+    tab.page.keyboard.press("Enter")
+    tab.page.locator(".state h2").wait_for()
+    tab.page.set_input_files("#file", served.book.folder / "000028.jpg")
+    tab.page.locator("#picture[open]").wait_for()
+    tab.page.keyboard.press("r")
+    assert violations(tab.page) == []
+
+
+def test_accessibility_on_a_phone(open_tab: Any, violations: Any) -> None:
+    tab = open_tab(viewport={"width": 390, "height": 844}, is_mobile=True, has_touch=True)
+    tab.open("?q=a+keyboard+AND+a+ghost#sel=1")
+    assert violations(tab.page) == []
+    tab.tiles.first.locator(".tile").tap()
+    tab.page.locator(".slot").first.wait_for()
+    tab.page.tap("[data-do=region]")
+    assert violations(tab.page) == []
 
 
 def test_theme_is_chosen_and_kept(open_tab: Any) -> None:

@@ -149,6 +149,7 @@ def test_threshold_by_pointer_and_by_keys(tab: Any) -> None:
     slider = tab.page.locator("[role=slider]")
     plot = tab.page.locator(".plot").bounding_box()
     tab.page.mouse.move(plot["x"], plot["y"] + 20)
+    tab.settle()
     tab.page.mouse.down()
     tab.page.mouse.move(plot["x"] + plot["width"] * 0.75, plot["y"] + 20, steps=4)
     tab.page.mouse.up()
@@ -170,6 +171,38 @@ def test_threshold_by_pointer_and_by_keys(tab: Any) -> None:
     assert tab.tiles.count() == 1
 
 
+def test_one_question_until_more_is_wanted(tab: Any) -> None:
+    tab.open("?q=a+keyboard")
+    asked = [url for url in tab.requests if url.endswith("/search")]
+    assert len(asked) == 1
+    assert tab.tiles.count() == 60
+    assert tab.page.inner_text("#counted").startswith("The best 60 of 121 images")
+    _, answer = _asked(tab, tab.page.locator(".plot").hover)
+    assert len(answer["hits"]) == 61
+    tab.page.locator("[role=slider]").focus()
+    tab.settle()
+    assert len([url for url in tab.requests if url.endswith("/search")]) == 2
+
+
+def test_scores_that_come_in_meanwhile_leave_a_dragged_threshold_alone(tab: Any) -> None:
+    waiting = []
+    tab.open("?q=a+keyboard")
+    tab.page.route("**/search", lambda route: waiting.append(route))
+    slider, plot = tab.page.locator("[role=slider]"), tab.page.locator(".plot").bounding_box()
+    low, high = (float(slider.get_attribute(name)) for name in ("aria-valuemin", "aria-valuemax"))
+    tab.page.mouse.move(plot["x"] + plot["width"] * 0.75, plot["y"] + 20)
+    tab.page.mouse.down()
+    dragged = slider.get_attribute("aria-valuenow")
+    assert float(dragged) == pytest.approx(0.25 * low + 0.75 * high, abs=0.002)
+    waiting[0].continue_()
+    tab.wait("document.querySelector('[role=slider]').ariaValueText.endsWith('of the 121 images so far')")
+    handle = slider.bounding_box()
+    assert handle["x"] + handle["width"] / 2 == pytest.approx(plot["x"] + plot["width"] * 0.75, abs=2)
+    tab.page.mouse.up()
+    assert slider.get_attribute("aria-valuenow") == dragged
+    assert float(slider.get_attribute("aria-valuemin")) < low
+
+
 def test_threshold_lets_pass_what_rises_at_a_later_page(tab: Any) -> None:
     def answer(route: Any) -> None:
         answered = route.fetch()
@@ -186,7 +219,7 @@ def test_threshold_lets_pass_what_rises_at_a_later_page(tab: Any) -> None:
     assert 0 < len(first) < 59
     assert min(first) >= 0.74
     assert float(tab.page.get_attribute("[role=slider]", "aria-valuemax")) == 0.95
-    assert f"{len(first) + 1} images of" in tab.page.inner_text("#counted")
+    assert tab.page.inner_text("#counted").startswith(f"{len(first) + 1} of 121 images, score 0.740 or more")
     tab.page.press("#question", "Escape")
     for key in ("End", "ArrowLeft", " ", "ArrowRight", "Shift+ "):
         tab.page.keyboard.press(key)
@@ -215,7 +248,7 @@ def test_results_come_in_as_one_scrolls(tab: Any) -> None:
     tab.wait("document.querySelectorAll('.hit').length === 121")
     assert len(set(tab.ids())) == 121
     assert sorted(_scores(tab), reverse=True) == _scores(tab)
-    assert "121 images of 121" in tab.page.inner_text("#counted")
+    assert "121 of 121 images" in tab.page.inner_text("#counted")
     assert tab.page.locator(".hit img[loading=lazy]").count() == 121
 
 
@@ -256,19 +289,25 @@ def test_nothing_found_says_why(tab: Any) -> None:
     assert tab.tiles.count() >= 60
 
 
-def test_caret_stands_under_what_does_not_parse(tab: Any) -> None:
+@pytest.mark.parametrize("before", ["a dog AND ", "\N{DOG FACE} \N{BONE} AND ", "  a dog AND "])
+def test_caret_stands_under_what_does_not_parse(tab: Any, before: str) -> None:
     tab.open()
-    tab.ask("a dog AND OR a cat")
+    tab.ask(f"{before}OR a cat")
     assert "Expected a name after AND, found OR" in tab.page.inner_text("#question-error")
     assert tab.page.get_attribute("#question", "aria-invalid") == "true"
     mark = tab.page.locator("#caret .mark").bounding_box()
     expected = tab.page.evaluate(
-        """() => {
+        """before => {
             const input = document.getElementById('question'), style = getComputedStyle(input);
             const canvas = document.createElement('canvas').getContext('2d');
             canvas.font = style.font;
-            return input.getBoundingClientRect().left + canvas.measureText('a dog AND ').width;
-        }"""
+            return input.getBoundingClientRect().left + canvas.measureText(before).width;
+        }""",
+        before.lstrip(),
+    )
+    assert (
+        tab.page.evaluate("document.getElementById('question').selectionStart")
+        == len(before.lstrip().encode("utf-16-le")) // 2
     )
     assert mark["x"] + mark["width"] / 2 == pytest.approx(expected, abs=3)
     tab.page.press("#question", "End")
@@ -286,6 +325,7 @@ def test_recent_questions_and_examples(tab: Any) -> None:
         "a keyboard",
         "a bicycle",
         "a dog AND an umbrella",
+        "Forget the questions asked before",
     ]
     tab.page.keyboard.press("ArrowDown")
     tab.page.keyboard.press("ArrowDown")
@@ -296,6 +336,16 @@ def test_recent_questions_and_examples(tab: Any) -> None:
     tab.open()
     tab.page.click("#question")
     assert options.first.inner_text().startswith("a bicycle")
+    assert "asked before" in options.first.inner_text()
+    for _ in range(options.count()):
+        tab.page.keyboard.press("ArrowDown")
+    tab.page.keyboard.press("Enter")
+    assert [text.split("\n")[0] for text in options.all_inner_texts()] == [
+        "a bicycle",
+        "a dog AND an umbrella",
+    ]
+    assert tab.page.evaluate("localStorage.getItem('for_ray.recent')") == "[]"
+    assert tab.query() == ""
 
 
 def test_address_holds_all_of_it(tab: Any, open_tab: Any) -> None:

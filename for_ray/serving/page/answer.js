@@ -4,18 +4,15 @@ import { announce, byId, colourOf, el, icon, sentence } from "./dom.js";
 import { action, clearState, showState } from "./notices.js";
 import { FILTERS } from "./state.js";
 
-const counted = (count) => (count === 1 ? "1 image" : `${count.toLocaleString("en")} images`);
-
 const lasting = (seconds) => (seconds < 1 ? `${Math.max(1, Math.round(seconds * 1000))} ms` : `${seconds.toFixed(1)} s`);
 
 /** The line above the results. */
 function lineOf(results, about) {
-  const shown = results.shown.length;
-  const images = results.isDone ? counted(shown) : `The best ${counted(shown)} so far`;
-  const threshold = results.min === null ? "" : `, score ${results.min.toFixed(3)} or more`;
+  const shown = results.shown.length.toLocaleString("en");
   const of = about ? ` of ${about.num_images.toLocaleString("en")}` : "";
+  const threshold = results.min === null ? "" : `, score ${results.min.toFixed(3)} or more`;
   const seconds = results.answer.seconds?.total;
-  return `${images}${of}${threshold}${seconds ? ` · ${lasting(seconds)}` : ""}`;
+  return `${results.isDone ? "" : "The best "}${shown}${of} images${threshold}${seconds ? ` · ${lasting(seconds)}` : ""}`;
 }
 
 /** Say what there is, once an answer came in, grew, or lost images to the threshold. */
@@ -54,13 +51,22 @@ export function showStart(about, { ask, upload }) {
   const size = about ? `${about.num_images.toLocaleString("en")} images, ${about.num_vectors.toLocaleString("en")} objects` : "";
   const examples = (about?.examples ?? []).map((text) => el("button", { type: "button", class: "chip large", on: { click: () => ask(text) } }, icon("search"), text));
   const picture = el("button", { type: "button", class: "chip large", on: { click: upload } }, icon("picture"), "a picture of yours");
-  showState("Find images by the objects in them", size && `Words, or a picture, or a region of one: searched in ${size}.`, ...examples, picture);
+  showState("Find images by the objects in them", size && `Searched are ${size}.`, ...examples, picture);
+  byId("state").append(el("dl", { class: "ways" }, ...WAYS.map(([name, way, how]) => el("div", {}, el("dt", {}, icon(name), way), el("dd", {}, how)))));
 }
+
+const WAYS = [
+  ["search", "With words", "AND, OR and NOT join what an image shows. Each name gets its colour, and a box on each image."],
+  ["picture", "With a picture", "Choose, paste or drop one, and draw a box around the object that you mean."],
+  ["like", "With an object", "Open an image and choose one of its objects: more like it, from all images."],
+];
+
+const showHelp = () => byId("help").showModal();
 
 /** One line, and a way on. */
 export function showFailure(error, retry) {
   byId("bar").hidden = true;
   const isQuestion = error.code === "question";
-  if (isQuestion) showState("The question doesn't parse", "What is wrong stands below it. Names go with AND, OR, NOT and parentheses; the key ? shows how.");
+  if (isQuestion) showState("The question doesn't parse", "The line below it says where. Names go with AND, OR, NOT and parentheses.", action("How to ask", showHelp));
   else showState("No answer", sentence(error.message), action("Try again", retry, { isPrimary: true }));
 }

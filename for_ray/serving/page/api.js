@@ -62,9 +62,6 @@ export const search = async (question, signal) => (await call("search", { method
 /** What the index knows of an image: its slots and columns. */
 export const objectsOf = async (imageId, signal) => (await call(`images/${imageId}/objects`, { signal })).json();
 
-/** The file of an indexed image. */
-export const imageOf = async (imageId, signal) => (await call(`images/${imageId}`, { signal })).blob();
-
 export const imageUrl = (imageId) => absolute(`images/${imageId}`).href;
 export const thumbnailUrl = (imageId, side) => absolute(`thumbnails/${imageId}?side=${side}`).href;
 

@@ -1,30 +1,28 @@
 // What is asked: as the body of a question, and as the question box shows it.
 
-import { imageOf, thumbnailUrl } from "./api.js";
+import { thumbnailUrl } from "./api.js";
 import { byId, el } from "./dom.js";
 import { filtersBody } from "./filters.js";
-import { base64Of, shrunk } from "./picture.js";
 
 const SIDE = 128; // pixels of the small picture in the question box
 
 /** What a state asks, as the body of POST /search. */
-export async function bodyOf(now, picture, signal) {
-  return { ...(await askedBody(now, picture, signal)), k: now.k, ...filtersBody(now) };
+export async function bodyOf(now, picture) {
+  return { ...(await askedBody(now, picture)), k: now.k, ...filtersBody(now) };
 }
 
-async function askedBody({ text, like, of, region, picture: key }, picture, signal) {
-  if (like) return { like };
-  if (of !== null) return { image: await base64Of(await shrunk(await imageOf(of, signal))), ...(region ? { region } : {}) };
+async function askedBody({ text, like, region, picture: key }, picture) {
+  if (like) return { like, ...(region ? { region } : {}) };
   return key ? picture.bodyOf(key) : { text: text.trim() };
 }
 
 /** The picture that is asked with: where it is shown from, in words, and the image and slot of the index that it is. */
-function exampleOf({ like, of, picture: key }, picture) {
+function exampleOf({ like, region, picture: key }, picture) {
   if (like) {
     const [imageId, slot] = like.split(":");
-    return { url: thumbnailUrl(imageId, SIDE), words: slot ? "more like this object" : "more like this image", place: [imageId, slot] };
+    const what = region ? "region" : slot ? "object" : "image";
+    return { url: thumbnailUrl(imageId, SIDE), words: `more like this ${what}`, place: [imageId, slot] };
   }
-  if (of !== null) return { url: thumbnailUrl(of, SIDE), words: "more like this region", place: [of] };
   if (!key || !picture.has(key)) return null;
   return { url: picture.urlOf(key), words: picture.regionOf(key) ? "a region of your picture" : "your picture", place: null };
 }

@@ -12,7 +12,7 @@ function download({ blob, name }) {
   setTimeout(() => URL.revokeObjectURL(url), 60_000);
 }
 
-/** Events: `exported` carries the file's name. */
+/** Events: `exported` carries the file's name; `outdated`: the answer's snapshot is not there any more. */
 export class Exporting extends EventTarget {
   #dialog = byId("export");
   #form = this.#dialog.querySelector("form");
@@ -36,11 +36,19 @@ export class Exporting extends EventTarget {
     selected.disabled = !size;
     this.#form.elements.what.value = size ? "selected" : "best";
     this.#form.elements.count.max = String(this.#most);
-    byId("export-selected-label").textContent = size === 1 ? "The selected image" : size ? `The ${size.toLocaleString("en")} selected images` : "The selected ones (none yet)";
+    byId("export-selected-label").textContent = this.#saidOf(size);
     const { min } = this.#results;
     byId("export-threshold").textContent = min === null ? "" : `, score ${min.toFixed(3)} or more`;
     this.#say("");
     this.#dialog.showModal();
+  }
+
+  #saidOf(size) {
+    if (!size) return "The selected ones (none yet)";
+    const shown = new Set(this.#results.hits.map((hit) => hit.image_id));
+    const isElsewhere = this.#selection.ids.some((id) => !shown.has(id));
+    const images = size === 1 ? "The selected image" : `The ${size.toLocaleString("en")} selected images`;
+    return images + (isElsewhere ? ", without those that the filters or NOT leave out" : "");
   }
 
   get #most() {
@@ -50,7 +58,7 @@ export class Exporting extends EventTarget {
   /** The body of POST /export: the question, as deep as what is exported lies. */
   #body() {
     const { what, count, format } = this.#form.elements;
-    const { page, ...question } = this.#results.question;
+    const { question } = this.#results;
     if (what.value === "selected") {
       const ids = this.#selection.ids;
       return { format: format.value, question: { ...question, k: Math.max(this.#results.hits.length, 1) }, image_ids: ids };
@@ -71,10 +79,16 @@ export class Exporting extends EventTarget {
       this.#dialog.close();
       this.dispatchEvent(new CustomEvent("exported", { detail: file.name }));
     } catch (error) {
-      this.#say(sentence(error.message));
+      this.#fail(error);
     } finally {
       button.disabled = false;
     }
+  }
+
+  #fail(error) {
+    if (error.code !== "snapshot_changed") return this.#say(sentence(error.message));
+    this.#say("The index was updated since this answer: ask again, and export what is found then.");
+    this.dispatchEvent(new Event("outdated"));
   }
 
   #say(problem) {

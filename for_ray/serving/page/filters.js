@@ -90,7 +90,10 @@ export class Filters extends EventTarget {
   }
 
   #chip(name, said) {
-    const remove = () => this.#tell({ [name]: NONE[name] });
+    const remove = () => {
+      this.#tell({ [name]: NONE[name] });
+      (byId("active-filters").querySelector("button") ?? this.#toggle).focus();
+    };
     return el("li", {}, el("button", { type: "button", class: "chip", "aria-label": `Remove the filter: ${said}`, on: { click: remove } }, el("span", { class: "cut" }, said), icon("close")));
   }
 

@@ -2,7 +2,7 @@
 
 import { byId } from "./dom.js";
 
-const NUM_BINS = 56;
+const [FEWEST_BINS, MOST_BINS] = [20, 56];
 const STEPS = 100; // of the slider, from end to end
 
 function bar(x, height, isOut) {
@@ -12,21 +12,25 @@ function bar(x, height, isOut) {
   return rect;
 }
 
-/** Events: `move` (while dragged) and `settle` (then) carry the threshold; null: all is shown. */
+/**
+ * Events: `move` (while dragged) and `settle` (then) carry the threshold, null: all is shown; `wanted`: somebody turns
+ * to the scores.
+ */
 export class Histogram extends EventTarget {
   #root = byId("histogram");
   #plot = this.#root.querySelector(".plot");
   #handle = this.#root.querySelector(".threshold");
   #scores = [];
   #min = null;
-  #isDragged = false;
+  #held = null; // the range of scores while the threshold is dragged: what comes in meanwhile does not shift it
 
   constructor() {
     super();
     this.#plot.addEventListener("pointerdown", (event) => this.#press(event));
-    this.#plot.addEventListener("pointermove", (event) => this.#isDragged && this.#moveTo(this.#scoreAt(event)));
+    this.#plot.addEventListener("pointermove", (event) => this.#held && this.#moveTo(this.#scoreAt(event)));
     for (const end of ["pointerup", "pointercancel"]) this.#plot.addEventListener(end, () => this.#settle());
     this.#handle.addEventListener("keydown", (event) => this.#key(event));
+    for (const turned of ["pointerenter", "focusin"]) this.#plot.addEventListener(turned, () => this.dispatchEvent(new Event("wanted")));
   }
 
   /** Show scores, in no order, and the threshold among them. */
@@ -37,6 +41,7 @@ export class Histogram extends EventTarget {
   }
 
   get #range() {
+    if (this.#held) return this.#held;
     const low = Math.min(...this.#scores, this.#min ?? Infinity);
     const high = Math.max(...this.#scores, this.#min ?? -Infinity);
     return [low, high > low ? high : low + 1e-3];
@@ -44,12 +49,14 @@ export class Histogram extends EventTarget {
 
   #draw() {
     const [low, high] = this.#range;
-    const counts = new Array(NUM_BINS).fill(0);
-    for (const score of this.#scores) counts[Math.min(NUM_BINS - 1, Math.floor(((score - low) / (high - low)) * NUM_BINS))] += 1;
+    const numBins = Math.min(Math.max(Math.ceil(this.#scores.length / 4), FEWEST_BINS), MOST_BINS);
+    const counts = new Array(numBins).fill(0);
+    const binOf = (score) => Math.min(numBins - 1, Math.floor(((score - low) / (high - low)) * numBins));
+    for (const score of this.#scores.filter((each) => each >= low)) counts[binOf(score)] += 1;
     const most = Math.max(...counts);
-    const isOut = (bin) => this.#min !== null && low + ((bin + 1) / NUM_BINS) * (high - low) <= this.#min;
+    const isOut = (bin) => this.#min !== null && low + ((bin + 1) / numBins) * (high - low) <= this.#min;
     const svg = this.#root.querySelector(".bars");
-    svg.setAttribute("viewBox", `0 0 ${NUM_BINS} 100`);
+    svg.setAttribute("viewBox", `0 0 ${numBins} 100`);
     svg.replaceChildren(...counts.map((count, bin) => bar(bin, count ? Math.max(6, (count / most) * 100) : 0, isOut(bin))));
     this.#label(low, high);
   }
@@ -75,8 +82,8 @@ export class Histogram extends EventTarget {
   #press(event) {
     if (event.button !== 0) return;
     event.preventDefault();
-    this.#isDragged = true;
     this.#plot.setPointerCapture(event.pointerId);
+    this.#held = this.#range;
     this.#handle.focus();
     this.#moveTo(this.#scoreAt(event));
   }
@@ -90,8 +97,9 @@ export class Histogram extends EventTarget {
   }
 
   #settle() {
-    if (!this.#isDragged) return;
-    this.#isDragged = false;
+    if (!this.#held) return;
+    this.#held = null;
+    this.#draw();
     this.dispatchEvent(new CustomEvent("settle", { detail: this.#min }));
   }
 

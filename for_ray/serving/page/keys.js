@@ -15,7 +15,7 @@ export function startKeys(doing) {
     }
     if ((event.ctrlKey || event.metaKey) && event.key.toLowerCase() === "a") doing.all();
     else if (isPlain(event) && event.key in actions) actions[event.key]();
-    else if (isPlain(event) && event.key.startsWith("Arrow") && event.target === document.body) doing.grid();
+    else if (isPlain(event) && event.key.startsWith("Arrow") && event.target.matches("body, main")) doing.grid();
     else return;
     event.preventDefault();
   });

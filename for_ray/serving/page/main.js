@@ -15,7 +15,7 @@ import { QuestionBox } from "./question.js";
 import { Results } from "./results.js";
 import { Selection } from "./selection.js";
 import { isSignedIn, startSession } from "./session.js";
-import { isQuestion, State } from "./state.js";
+import { isQuestion, MOST_SELECTED, State } from "./state.js";
 import { startThemes } from "./themes.js";
 import { Viewer } from "./viewer.js";
 
@@ -27,13 +27,14 @@ const [filters, picture, selection, viewer] = [new Filters(), new Picture(), new
 const exporting = new Exporting(results, selection);
 let about = null;
 let isViewerPushed = false;
+let isFocusLost = false; // with the viewer that asked: the first result takes it
 
 // Asking
 
-const body = (signal) => bodyOf(state.now, picture, signal);
+const body = () => bodyOf(state.now, picture);
 
 function ask() {
-  selection.clear();
+  selection.forgetRanks();
   clearBanner("outdated");
   clearBanner("stopped");
   box.showProblem(null);
@@ -41,6 +42,7 @@ function ask() {
   if (isQuestion(state.now) && !(key && !picture.has(key))) return results.ask(body, { min: state.now.min });
   results.reset();
   grid.clear();
+  selection.describe(null);
   if (key) showLostPicture();
   else showStart(about, { ask: (text) => state.ask({ text }), upload: () => byId("upload").click() });
   return Promise.resolve();
@@ -60,7 +62,15 @@ function showResults({ isNew = false } = {}) {
   grid.show(results.hits, results.names, results.passes, { isNew });
   grid.mark((id) => selection.has(id));
   histogram.show(results.hits.map((hit) => hit.score), results.min);
+  selection.describe(results.hits);
   describe(results, about, state);
+}
+
+function showSelection() {
+  selection.take(state.now.selected);
+  selection.describe(results.answer && results.hits);
+  grid.mark((id) => selection.has(id));
+  if (viewer.isOpen) viewer.markSelected(selection.has(viewer.imageId));
 }
 
 function showViewer() {
@@ -76,6 +86,11 @@ function showViewer() {
 
 function showOutdated() {
   showBanner("outdated", "The index was updated: ask again to search its newest state.", "Ask again", ask);
+}
+
+function focusResults() {
+  if (results.hits.length) grid.focus();
+  else byId("results").focus();
 }
 
 async function lookForNewer() {
@@ -97,6 +112,7 @@ state.addEventListener("change", ({ detail: { before, isAsked } }) => {
     ask();
   } else if (before.min !== state.now.min && results.min !== state.now.min) results.moveThreshold(state.now.min);
   if (before.image !== state.now.image || before.slot !== state.now.slot) showViewer();
+  if (before.selected !== state.now.selected) showSelection();
 });
 
 results.addEventListener("started", () => {
@@ -110,6 +126,8 @@ results.addEventListener("started", () => {
 });
 results.addEventListener("answered", () => {
   showResults({ isNew: true });
+  if (isFocusLost && document.activeElement === document.body) grid.focus(0);
+  isFocusLost = false;
   if (state.now.text) box.remember(state.now.text.trim());
   if (state.now.image !== null) showViewerAnew();
 });
@@ -119,6 +137,8 @@ results.addEventListener("outdated", showOutdated);
 results.addEventListener("stopped", ({ detail }) => showBanner("stopped", detail.message, "Try again", () => results.more()));
 results.addEventListener("failed", ({ detail }) => {
   grid.clear();
+  selection.describe(null);
+  isFocusLost = false;
   if (detail.code === "question") box.showProblem(detail);
   showFailure(detail, ask);
 });
@@ -138,22 +158,29 @@ grid.addEventListener("range", ({ detail: { rank } }) => selection.range(results
 grid.addEventListener("appended", () => grid.mark((id) => selection.has(id)));
 grid.addEventListener("end", () => results.more());
 
-selection.addEventListener("change", () => {
-  grid.mark((id) => selection.has(id));
-  if (viewer.isOpen) viewer.markSelected(selection.has(viewer.imageId));
+selection.addEventListener("change", ({ detail }) => state.set({ selected: detail }, { replace: true }));
+selection.addEventListener("clear", () => {
+  if (byId("selection").contains(document.activeElement)) focusResults();
+  state.set({ selected: [] }); // an entry of its own: Back brings them again
 });
+selection.addEventListener("full", () => toast(`At most ${MOST_SELECTED.toLocaleString("en")} images can be selected; an export of the best may have more`));
 
 histogram.addEventListener("move", ({ detail }) => results.moveThreshold(detail));
+histogram.addEventListener("wanted", () => results.deepen());
 histogram.addEventListener("settle", ({ detail }) => state.set({ min: detail }, { replace: true }));
 
 box.addEventListener("ask", ({ detail: text }) => (text ? (text === state.now.text && results.question ? ask() : state.ask({ text })) : byId("question").focus()));
 box.addEventListener("clear", () => state.ask({}));
 filters.addEventListener("change", ({ detail }) => state.set({ ...detail, image: null, slot: null }));
 picture.addEventListener("ask", ({ detail: key }) => state.ask({ picture: key }));
+exporting.addEventListener("outdated", showOutdated);
 exporting.addEventListener("exported", ({ detail: name }) => toast(`Downloaded ${name}`));
 
 viewer.addEventListener("choose", ({ detail: slot }) => state.set({ slot }, { replace: true }));
-viewer.addEventListener("like", ({ detail }) => state.ask(detail));
+viewer.addEventListener("like", ({ detail }) => {
+  state.ask(detail);
+  isFocusLost = true;
+});
 viewer.addEventListener("toggle", () => selection.toggle(viewer.imageId));
 viewer.addEventListener("known", ({ detail: snapshot }) => results.answer && snapshot !== results.answer.snapshot_id && showOutdated());
 viewer.addEventListener("move", ({ detail: step }) => {
@@ -180,7 +207,11 @@ for (const button of document.querySelectorAll("[data-refine]"))
 document.querySelector(".brand").addEventListener("click", (event) => {
   if (event.ctrlKey || event.metaKey || event.shiftKey) return;
   event.preventDefault();
-  state.ask({ under: "", glob: "", where: "", fold: false, unwanted: null, k: 60 });
+  state.ask({ under: "", glob: "", where: "", fold: false, unwanted: null, k: 60, selected: [] });
+});
+document.querySelector(".skip").addEventListener("click", (event) => {
+  event.preventDefault(); // the address keeps what is selected
+  focusResults();
 });
 
 async function start() {
@@ -197,6 +228,7 @@ async function start() {
   });
   showQuestion();
   filters.show(state.now);
+  showSelection();
   try {
     about = await api.about();
   } catch (error) {

@@ -22,9 +22,13 @@ export function action(text, listener, { isPrimary = false } = {}) {
 /** A line above the results, with one thing to do; another of the same kind takes its place. */
 export function showBanner(kind, text, doText, listener) {
   clearBanner(kind);
-  const close = el("button", { type: "button", class: "tool", "aria-label": "Dismiss", on: { click: () => clearBanner(kind) } }, icon("close"));
-  const act = action(doText, () => {
+  const leave = () => {
     clearBanner(kind);
+    byId("results").focus();
+  };
+  const close = el("button", { type: "button", class: "tool", "aria-label": "Dismiss", on: { click: leave } }, icon("close"));
+  const act = action(doText, () => {
+    leave();
     listener();
   }, { isPrimary: true });
   byId("notices").append(el("div", { class: `banner ${kind}`, role: "status", data: { kind } }, el("p", {}, sentence(text)), act, close));

@@ -8,7 +8,7 @@ const MOST_PIXELS = 25_000_000; // that the service decodes
 const SIDE = 1600;
 
 /** A file as the API takes it: base64. */
-export function base64Of(blob) {
+function base64Of(blob) {
   return new Promise((resolve, reject) => {
     const reader = new FileReader();
     reader.addEventListener("load", () => resolve(reader.result.slice(reader.result.indexOf(",") + 1)));
@@ -18,7 +18,7 @@ export function base64Of(blob) {
 }
 
 /** The picture, smaller where it is large; as it is where this browser cannot read it. */
-export async function shrunk(blob) {
+async function shrunk(blob) {
   try {
     const bitmap = await createImageBitmap(blob);
     if (blob.size <= LARGEST && bitmap.width * bitmap.height <= MOST_PIXELS) return blob;
@@ -38,6 +38,7 @@ export class Picture extends EventTarget {
   #dialog = byId("picture");
   #drawing = new RegionDrawing(this.#dialog.querySelector(".figure"));
   #asked = new Map();
+  #encoded = new WeakMap(); // of files: what is sent of them, made once
   #file = null;
   #url = null;
 
@@ -67,7 +68,8 @@ export class Picture extends EventTarget {
   /** A picture and its region as parts of a question. */
   async bodyOf(key) {
     const { file, region } = this.#asked.get(key);
-    return { image: await base64Of(await shrunk(file)), ...(region ? { region } : {}) };
+    if (!this.#encoded.has(file)) this.#encoded.set(file, await base64Of(await shrunk(file)));
+    return { image: this.#encoded.get(file), ...(region ? { region } : {}) };
   }
 
   /** Show a picture that was asked with, to draw on it. */
@@ -136,7 +138,7 @@ export class Picture extends EventTarget {
     button("close").addEventListener("click", () => this.#dialog.close());
     button("ask").addEventListener("click", () => this.#ask());
     this.#dialog.querySelector("img").addEventListener("load", ({ target }) =>
-      target.parentElement.style.setProperty("--ratio", target.naturalWidth / target.naturalHeight));
+      target.closest(".well").style.setProperty("--ratio", target.naturalWidth / target.naturalHeight));
     this.#dialog.addEventListener("keydown", (event) => {
       if (event.key.toLowerCase() === "r" && !event.ctrlKey && !event.metaKey) this.#drawing.begin();
     });

@@ -1,10 +1,12 @@
 // The question box: examples and recent questions below it, and a caret under the spot that doesn't parse.
 
-import { byId, el, icon, kept, sentence } from "./dom.js";
+import { announce, byId, el, icon, kept, sentence } from "./dom.js";
 
 const RECENT = "for_ray.recent";
 const MOST_RECENT = 30;
 const MOST_SHOWN = 9;
+
+const recentOnes = () => kept.read(RECENT, []).filter((text) => typeof text === "string");
 
 /** Events: `ask` carries the text; `clear`. */
 export class QuestionBox extends EventTarget {
@@ -57,7 +59,7 @@ export class QuestionBox extends EventTarget {
 
   /** Remember a question that had an answer. */
   remember(text) {
-    const recent = kept.read(RECENT, []).filter((each) => each !== text);
+    const recent = recentOnes().filter((each) => each !== text);
     kept.write(RECENT, [text, ...recent].slice(0, MOST_RECENT));
   }
 
@@ -92,7 +94,8 @@ export class QuestionBox extends EventTarget {
   #submit(event) {
     event.preventDefault();
     this.#close();
-    this.dispatchEvent(new CustomEvent("ask", { detail: this.text.trim() }));
+    this.#input.value = this.text.trim(); // as it is asked: the service counts its letters
+    this.dispatchEvent(new CustomEvent("ask", { detail: this.text }));
   }
 
   #clear() {
@@ -110,13 +113,20 @@ export class QuestionBox extends EventTarget {
   #open() {
     const begun = this.text.trim().toLowerCase();
     const fits = (text) => text.toLowerCase().includes(begun) && text !== this.text.trim();
-    const recent = kept.read(RECENT, []).filter((text) => typeof text === "string" && fits(text)).slice(0, MOST_SHOWN - 3);
+    const recent = recentOnes().filter(fits).slice(0, MOST_SHOWN - 3);
     const examples = this.#examples.filter((text) => fits(text) && !recent.includes(text)).slice(0, MOST_SHOWN - recent.length);
     const options = [...recent.map((text) => ["recent", text]), ...examples.map((text) => ["search", text])];
     this.#chosen = -1;
     this.#list.replaceChildren(...options.map(([kind, text], place) =>
       el("li", { role: "option", id: `suggestion-${place}`, "aria-selected": "false", data: { text } }, icon(kind), el("span", {}, text), el("small", {}, kind === "recent" ? "asked before" : "example"))));
+    if (recent.length) this.#list.append(el("li", { role: "option", id: "forget", class: "forget", "aria-selected": "false" }, icon("close"), el("span", {}, "Forget the questions asked before")));
     this.#show(options.length > 0);
+  }
+
+  #forget() {
+    kept.write(RECENT, []);
+    announce("The questions asked before are forgotten");
+    this.#open();
   }
 
   #show(isOpen) {
@@ -131,6 +141,7 @@ export class QuestionBox extends EventTarget {
 
   #pick(option) {
     if (!option) return;
+    if (option.id === "forget") return this.#forget();
     this.text = option.dataset.text;
     byId("ask").requestSubmit();
   }

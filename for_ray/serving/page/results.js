@@ -2,7 +2,7 @@
 
 import { ApiError, search } from "./api.js";
 
-const AHEAD = 200; // hits of the second page: enough for a histogram, before anyone scrolls
+const AHEAD = 200; // hits of each page after the first: enough for a histogram
 
 /** Events: `started`, `answered` (its first page), `grew`, `moved` (the threshold), `failed`, `outdated`. */
 export class Results extends EventTarget {
@@ -55,7 +55,7 @@ export class Results extends EventTarget {
   /**
    * Ask; an earlier question that is still under way is dropped.
    *
-   * @param {() => Promise<object>} makeBody may fetch the picture that is asked with
+   * @param {() => Promise<object>} makeBody may read the picture that is asked with
    */
   async ask(makeBody, { min = null } = {}) {
     this.#abort.abort();
@@ -65,8 +65,10 @@ export class Results extends EventTarget {
     this.min = min;
     this.#tell("started");
     try {
-      this.#body = await makeBody(signal);
-      const answer = await search(this.#body, signal);
+      const body = await makeBody();
+      if (signal.aborted) return; // another question has its body there
+      this.#body = body;
+      const answer = await search(body, signal);
       if (signal.aborted) return;
       this.#take(answer);
       this.answer = answer;
@@ -74,22 +76,25 @@ export class Results extends EventTarget {
       this.#tell("answered");
     } catch (error) {
       if (!signal.aborted) this.#fail(error, "failed");
-      return;
     }
-    await this.more(AHEAD);
   }
 
   /** The next page; the one that is coming if there is one. */
-  more(k = AHEAD) {
+  more() {
     if (this.isDone) return Promise.resolve();
-    this.#coming ??= this.#fetchMore(k).finally(() => (this.#coming = null));
+    this.#coming ??= this.#fetchMore().finally(() => (this.#coming = null));
     return this.#coming;
   }
 
-  async #fetchMore(k) {
+  /** More scores, where those of the first page alone came in. */
+  deepen() {
+    return this.hits.length < AHEAD ? this.more() : Promise.resolve();
+  }
+
+  async #fetchMore() {
     const { signal } = this.#abort;
     try {
-      const answer = await search({ ...this.#body, k, page: this.#next }, signal);
+      const answer = await search({ ...this.#body, k: AHEAD, page: this.#next }, signal);
       if (signal.aborted) return;
       this.#take(answer);
       this.#tell("grew");

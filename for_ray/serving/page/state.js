@@ -1,18 +1,22 @@
 // The page's state and the address that holds it: each can be had from the other.
 
 const NOTHING = {
-  text: "", like: null, of: null, region: null, picture: null,
+  text: "", like: null, region: null, picture: null,
   under: "", glob: "", where: "", fold: false, unwanted: null, k: 60,
-  min: null, image: null, slot: null,
+  min: null, image: null, slot: null, selected: [],
 };
 
-export const ASKED = ["text", "like", "of", "region", "picture", "under", "glob", "where", "fold", "unwanted", "k"];
+export const MOST_SELECTED = 1000; // images whose ids an address holds
+
+export const ASKED = ["text", "like", "region", "picture", "under", "glob", "where", "fold", "unwanted", "k"];
 export const FILTERS = ["under", "glob", "where", "fold", "unwanted"];
+const WITHOUT_IMAGE = [...ASKED, "min"];
 
 const NAMES = { text: "q" }; // in the address; the others are called what they are
 
 const number = (text) => (text !== null && text.trim() !== "" && Number.isFinite(Number(text)) ? Number(text) : null);
-const whole = (text) => (/^\d{1,18}$/.test(text ?? "") ? Number(text) : null);
+const whole = (text) => (/^\d{1,16}$/.test(text ?? "") && Number.isSafeInteger(Number(text)) ? Number(text) : null);
+const ids = (text) => [...new Set((text ?? "").split(",").map(whole))].filter((id) => id !== null).slice(0, MOST_SELECTED);
 
 function region(text) {
   const sides = (text ?? "").split(",").map(Number);
@@ -21,15 +25,14 @@ function region(text) {
 }
 
 /** The state that an address holds; what it has of no sense is left out. */
-export function read(query) {
-  const given = new URLSearchParams(query);
+export function read({ search, hash }) {
+  const given = new URLSearchParams(search);
   const like = given.get("like");
   return {
     ...NOTHING,
     text: given.get("q") ?? "",
     like: /^\d+(:\d+)?$/.test(like ?? "") ? like : null,
-    of: whole(given.get("of")),
-    region: region(given.get("region")),
+    region: /^\d+$/.test(like ?? "") ? region(given.get("region")) : null,
     picture: given.has("picture") ? given.get("picture") : null,
     under: given.get("under") ?? "",
     glob: given.get("glob") ?? "",
@@ -40,11 +43,17 @@ export function read(query) {
     min: number(given.get("min")),
     image: whole(given.get("image")),
     slot: whole(given.get("slot")),
+    selected: ids(new URLSearchParams(hash.slice(1)).get("sel")),
   };
 }
 
-/** The address of a state, after the `?`. */
-export function write(state) {
+/** The address of a state; what is selected stands after the `#`, so that it is never sent and may be long. */
+export function write({ selected, ...state }) {
+  const query = queryOf(state);
+  return (query ? `?${query}` : location.pathname) + (selected.length ? `#sel=${selected.join(",")}` : "");
+}
+
+function queryOf(state) {
   const said = new URLSearchParams();
   for (const [key, value] of Object.entries(state)) {
     if (value === NOTHING[key] || value === null || value === "") continue;
@@ -54,29 +63,36 @@ export function write(state) {
   return said.toString();
 }
 
-const same = (one, other, keys) => write(pick(one, keys)) === write(pick(other, keys));
+const same = (one, other, keys) => queryOf(pick(one, keys)) === queryOf(pick(other, keys));
 const pick = (state, keys) => Object.fromEntries(keys.map((key) => [key, state[key]]));
 
 /** The state that is now; `change` events carry what it was, and whether the question is another one. */
 export class State extends EventTarget {
   constructor() {
     super();
-    this.now = read(location.search);
-    addEventListener("popstate", () => this.#become(read(location.search)));
+    this.now = read(location);
+    addEventListener("popstate", () => this.#pop());
   }
 
   /** Change parts of it; a new entry of the history unless it only follows a drag. */
   set(changes, { replace = false } = {}) {
     const next = { ...this.now, ...changes };
-    const query = write(next);
-    const url = query ? `?${query}` : location.pathname;
-    if (query !== write(this.now)) history[replace ? "replaceState" : "pushState"](null, "", url);
+    const address = write(next);
+    if (address !== write(this.now)) history[replace ? "replaceState" : "pushState"](null, "", address);
     this.#become(next);
   }
 
-  /** Another question: what was asked with before, its threshold and its open image go; filters stay. */
+  /** Another question: what was asked with before, its threshold and its open image go; filters and selection stay. */
   ask(changes) {
-    this.set({ text: "", like: null, of: null, region: null, picture: null, min: null, image: null, slot: null, ...changes });
+    this.set({ text: "", like: null, region: null, picture: null, min: null, image: null, slot: null, ...changes });
+  }
+
+  /** Back or forward; what was selected in an open image stays so when back closes it. */
+  #pop() {
+    const next = read(location);
+    const isOfImage = next.image !== this.now.image && same(this.now, next, WITHOUT_IMAGE);
+    if (isOfImage) history.replaceState(null, "", write({ ...next, selected: this.now.selected }));
+    this.#become(isOfImage ? { ...next, selected: this.now.selected } : next);
   }
 
   #become(next) {
@@ -88,4 +104,4 @@ export class State extends EventTarget {
 }
 
 /** Whether anything is asked. */
-export const isQuestion = (state) => Boolean(state.text.trim() || state.like || state.of !== null || state.picture);
+export const isQuestion = (state) => Boolean(state.text.trim() || state.like || state.picture);

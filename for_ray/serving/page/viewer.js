@@ -15,7 +15,7 @@ function shown(value) {
 }
 
 /**
- * Events: `move` (-1 or 1), `choose` (a slot), `like` ({like} or {of, region}), `toggle`, `closed`,
+ * Events: `move` (-1 or 1), `choose` (a slot), `like` ({like} or {like, region}), `toggle`, `closed`,
  * `outdated` (a snapshot that is not the answer's).
  */
 export class Viewer extends EventTarget {
@@ -72,6 +72,7 @@ export class Viewer extends EventTarget {
   #showImage(hit) {
     this.#known = null;
     this.#isAgain = false;
+    if (document.activeElement.dataset.slot) byId("viewer-title").focus(); // what goes would take the keys along
     this.#fill("", hit?.uri ?? "");
     this.#dialog.querySelector(".slots").replaceChildren();
     this.#dialog.querySelector(".slot-list").replaceChildren();
@@ -162,11 +163,14 @@ export class Viewer extends EventTarget {
     for (const button of this.#dialog.querySelectorAll("[data-slot]")) {
       const is = Number(button.dataset.slot) === this.slot;
       button.setAttribute("aria-pressed", String(is));
-      if (is && isScrolled && button.matches(".slot")) button.scrollIntoView({ block: "nearest" });
+      if (!is || !button.matches(".slot")) continue;
+      if (isScrolled) button.scrollIntoView({ block: "nearest" });
+      if (document.activeElement.matches(".slot")) button.focus();
     }
   }
 
   #drawOn(isOn) {
+    if (!isOn && document.activeElement.matches(".region")) this.#button("region").focus();
     this.#drawing.turn(isOn);
     this.#button("region").setAttribute("aria-pressed", String(isOn));
     this.#nameAction();
@@ -190,7 +194,7 @@ export class Viewer extends EventTarget {
     else if (name === "select") this.#tell("toggle");
     else if (name === "region") this.#drawOn(!this.#drawing.isOn);
     else if (name === "like-image") this.#tell("like", { like: String(this.imageId) });
-    else if (this.#drawing.region) this.#tell("like", { of: this.imageId, region: this.#drawing.region });
+    else if (this.#drawing.region) this.#tell("like", { like: String(this.imageId), region: this.#drawing.region });
     else if (this.slot !== null) this.#tell("like", { like: `${this.imageId}:${this.slot}` });
   }
 
