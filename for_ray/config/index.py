@@ -23,8 +23,9 @@ class IndexSettings(Settings):
     images: str | None = Field(
         None,
         min_length=1,
-        description="the images: a folder, s3://bucket/prefix, a Parquet manifest (uri, etag) or tars; "
-        "not needed with --list-snapshots, --rollback, --verify, --show-quarantine and --plan-vectors",
+        description="the images: a folder, s3://bucket/prefix, a Parquet manifest (uri, etag) or tars. The "
+        "index will hold these and no others: of several prefixes name their common one, or a manifest. "
+        "Not needed with --list-snapshots, --rollback, --verify, --show-quarantine and --plan-vectors",
     )
     index: str = Field(
         "",
@@ -75,6 +76,13 @@ class IndexSettings(Settings):
     )
     max_bad_fraction: float = Field(
         0.05, ge=0, le=1, description="share of images that may be unreadable; above it nothing is published"
+    )
+    max_gone_fraction: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description="share of the images in the index that may be gone from --images; above it nothing is "
+        "written, since a mistyped --images would empty the index. 1 allows all",
     )
     codec: str | None = Field(
         None,

@@ -6,6 +6,9 @@ Nothing is written before the settings, the encoder and the images have been loo
 holds the index's lease, and `index_write` goes on. The table of encoded images is the only checkpoint: a run
 that died is made good by the next one, which finds a smaller gap. Every run leaves a report in the index, but
 for a dry one and one that is refused before its first write.
+
+An index holds what `--images` lists, and nothing else: of another prefix all images are new, and those of the
+one before are gone. More gone images than `max_gone_fraction` allows are taken for a mistake, and refused.
 """
 
 from __future__ import annotations
@@ -30,7 +33,7 @@ from for_ray.pipeline.index_write import IndexWriter
 from for_ray.pipeline.upkeep import sweep_idle
 from for_ray.schema import Layout, Snapshot
 from for_ray.stages.cluster import Cluster
-from for_ray.stages.diff import Gap, write_gap
+from for_ray.stages.diff import Gap, why_too_many_gone, write_gap
 from for_ray.stages.listing import Listing, write_listing
 from for_ray.stages.progress import Progress
 from for_ray.stages.report import IndexSummary
@@ -124,6 +127,8 @@ class _Run:
             f"dry run: {gap.num_to_encode:,} images would be encoded, {_num_to_delete(gap):,} rows deleted; "
             "nothing was written"
         )
+        if too_many := self._too_many_gone(listing, gap):
+            message += f"; a run would be refused: {too_many}"
         return self._summary(listing, gap, self.base, message=message, plans=plans)
 
     def close_gap(self) -> IndexSummary:
@@ -217,7 +222,20 @@ class _Run:
             table.check_columns(images, listing.metadata)
         gap = self._diff(listing, images)
         self.found.listing, self.found.gap, self.found.images = listing, gap, images
+        if too_many := self._too_many_gone(listing, gap):
+            raise DataError(too_many)
         return listing, gap
+
+    def _too_many_gone(self, listing: Listing, gap: Gap) -> str | None:
+        # Another encoder's index is about to be replaced as a whole: of its images only the number is known.
+        other = self.latest if self.latest and self.latest.fingerprint != self.fingerprint else None
+        return why_too_many_gone(
+            gap,
+            num_listed=listing.num_listed,
+            num_published=other.indexed + other.quarantined if other else 0,
+            images_uri=canonical_uri(self.images_uri),
+            most=self.settings.max_gone_fraction,
+        )
 
     def _list(self) -> Listing:
         folder = self.folder / secrets.token_hex(4)

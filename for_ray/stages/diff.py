@@ -26,6 +26,9 @@ from for_ray.storage.refusals import disk_refusals
 ROWS_PER_FILE = 100_000
 """Of the gap; a file is a few MB."""
 
+FEWEST_HELD = 20
+"""Images that an index must hold for the share that is gone to say anything; fewer are soon encoded again."""
+
 _TABLE_SCHEMA = pa.schema(
     [("uri", pa.string()), ("etag", pa.string()), ("is_quarantined", pa.bool_()), ("image_id", pa.int64())]
 )
@@ -53,6 +56,11 @@ class Gap:
     num_bytes: int
     file_uris: list[str] = field(repr=False)
     _folder: Path = field(repr=False)
+
+    @property
+    def num_held(self) -> int:
+        """Images that the table held, quarantined ones too."""
+        return self.num_unchanged + self.num_changed + self.num_gone
 
     @property
     def num_to_encode(self) -> int:
@@ -108,6 +116,32 @@ def write_gap(
             del compared  # before the next part is read
     named = {f"num_{name}": count for name, count in counts.items()}
     return Gap(**named, file_uris=writer.file_uris, _folder=folder)
+
+
+def why_too_many_gone(
+    gap: Gap, *, num_listed: int, num_published: int, images_uri: str, most: float
+) -> str | None:
+    """What to say where more of the images that an index holds are gone than may be; None where it is well.
+
+    An index that holds fewer than `FEWEST_HELD` images may lose all of them.
+
+    Args:
+        gap: Between the images and the table of the run's encoder.
+        num_listed: Images that are there.
+        num_published: Images of the published snapshot where it is another encoder's, and the gap does not
+            know them; else 0. At least those that are no longer listed, by their number, are gone.
+        images_uri: Where the images were listed.
+        most: The share that may be gone.
+    """
+    sides = ((gap.num_gone, gap.num_held), (max(0, num_published - num_listed), num_published))
+    share, num_gone, num_held = max((gone / max(held, 1), gone, held) for gone, held in sides)
+    if num_held < FEWEST_HELD or share <= most:
+        return None
+    return (
+        f"{num_gone:,} of the {num_held:,} images that the index holds are gone ({share:.1%}), more than "
+        f"max_gone_fraction {most:g}: {shown(images_uri)} lists {num_listed:,}, {gap.num_new:,} of them new; "
+        "nothing was written: correct --images, or raise --max-gone-fraction if they are meant to leave"
+    )
 
 
 def _spill_table(batches: Iterable[pa.RecordBatch], folder: Path) -> Spill:

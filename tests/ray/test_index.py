@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from for_ray.config import IndexSettings
-from for_ray.errors import StageError
+from for_ray.errors import DataError, StageError
 from for_ray.index import snapshots, table
 from for_ray.index.search import SegmentSet, search_images
 from for_ray.pipeline.index import run_index
@@ -294,11 +294,32 @@ def test_a_manifest_that_is_wrong_as_a_whole_does_not_empty_the_index(run, index
     names = [f"{number:05d}.jpg" for number in range(20)]
     uris = [str(images / "mistyped" / name) for name in names]
     pq.write_table(pa.table({"uri": uris, "etag": names}), manifest)
-    with pytest.raises(StageError, match=r"20 of 20 images are unreadable.*20 × not there, or not as listed"):
+    with pytest.raises(DataError, match=r"63 of the 63 images that the index holds are gone \(100.0%\)"):
         run(images=str(manifest))
+    with pytest.raises(StageError, match=r"20 of 20 images are unreadable.*20 × not there, or not as listed"):
+        run(images=str(manifest), max_gone_fraction=1)
     assert latest(index) == before
     after = run()
     assert (after.new, after.changed, after.unchanged) == (0, 0, 63)  # nothing was lost by it
+
+
+def test_a_mistyped_prefix_does_not_empty_the_index(run, index, images, draw):
+    """Neither the encoder's own index, nor the one that another encoder would take over."""
+    other, before = run.home / "other", files_of(index)
+    draw(other, range(5))
+    message = rf"63 of the 63 images.*gone \(100.0%\), more than max_gone_fraction 0.5: {other} lists 5, 5 of"
+    with pytest.raises(DataError, match=message):
+        run(images=str(other))
+    assert "; a run would be refused: 63 of the 63" in run(images=str(other), dry_run=True).message
+    with pytest.raises(DataError, match=r"58 of the 63 images that the index holds are gone \(92.1%\)"):
+        run(images=str(other), head="clip")
+    for number in range(40):
+        (images / f"{number:05d}.jpg").unlink()
+    with pytest.raises(DataError, match=r"40 of the 63 .* \(63.5%\).*lists 23, 0 of them new; nothing was"):
+        run()
+    assert files_of(index) == before
+    meant = run(max_gone_fraction=0.65, max_bad_fraction=0.2)
+    assert (meant.gone, meant.unchanged, meant.snapshot) == (40, 23, 2)
 
 
 def test_a_codec_that_was_asked_for_stays(run, index, images):

@@ -13,7 +13,7 @@ import pytest
 from for_ray.errors import DataError, StorageError
 from for_ray.schema import LISTING_SCHEMA
 from for_ray.stages import diff
-from for_ray.stages.diff import Gap, write_gap
+from for_ray.stages.diff import Gap, why_too_many_gone, write_gap
 from for_ray.storage import Spill, spill
 
 
@@ -130,6 +130,36 @@ def test_of_doubled_rows_the_newest_counts(tmp_path):
     gap = gap_of(tmp_path, {"a": "2"}, [("a", "2", None, 7), ("a", "1", None, 3)])
     assert (gap.num_unchanged, gap.num_changed, gap.num_duplicates) == (1, 0, 1)
     assert ids(gap.gone_image_ids()) == [3]
+
+
+@pytest.mark.parametrize(
+    ("num_kept", "num_held", "num_published", "most", "told"),
+    [
+        (50, 100, 0, 0.5, None),
+        (49, 100, 0, 0.5, "51 of the 100 images that the index holds are gone (51.0%), more than"),
+        (0, 100, 0, 1, None),
+        (99, 100, 0, 0, "1 of the 100 images that the index holds are gone (1.0%), more than"),
+        (0, 19, 0, 0.5, None),  # so few say nothing
+        (0, 20, 0, 0.5, "20 of the 20 images that the index holds are gone (100.0%), more than"),
+        (0, 0, 0, 0, None),  # the first night
+        (30, 30, 62, 0.5, None),
+        (30, 30, 63, 0.5, "32 of the 63 images that the index holds are gone (50.8%), more than"),
+    ],
+)
+def test_too_many_gone_images_are_a_mistake(tmp_path, num_kept, num_held, num_published, most, told):
+    """Of another encoder's published images those that are not listed, by their number: one is new here."""
+    rows = [(str(number), "1", None, number) for number in range(num_held)]
+    gap = gap_of(tmp_path, {str(number): "1" for number in range(num_kept)} | {"new": "1"}, rows)
+    assert gap.num_held == num_held
+    why = why_too_many_gone(
+        gap, num_listed=num_kept + 1, num_published=num_published, images_uri="/x\n", most=most
+    )
+    if told is None:
+        assert why is None
+    else:
+        assert why.startswith(told)
+        assert rf" max_gone_fraction {most:g}: /x\n lists {num_kept + 1}, 1 of them new; nothing was " in why
+        assert "\n" not in why
 
 
 def random_state(seed: int, num_uris: int, share: float) -> dict[str, str]:
