@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from for_ray.errors import StageError
 from for_ray.index import table
 from for_ray.schema import WorkTime
-from for_ray.stages.diff import Gap, write_gap
+from for_ray.stages.diff import ROWS_PER_FILE, Gap, write_gap
 from for_ray.stages.failures import DEAD_ENCODER, OF_NODES, RESULTS_LOST, UNREACHABLE
 from for_ray.storage import Lease, Spill, join_uri
 
@@ -24,8 +24,9 @@ if TYPE_CHECKING:
     from for_ray.stages.blocks import TableJob
     from for_ray.stages.encode import Encoded, Pool
 
-MOST_PASSES = 4
-"""Of an encode stage that end with a crash. One that a node's loss ends after images were stored is free."""
+MOST_IN_VAIN = 4
+"""Passes of an encode stage, running, that a crash may end before they have stored an image. Those that have
+may be as many as they like: nodes that are let on the spot go all night long."""
 
 
 def encode_gap(
@@ -44,7 +45,8 @@ def encode_gap(
 ) -> Encoded:
     """Encode a gap; where processes or nodes die, go on with what is left.
 
-    Where a process died, each image is decoded apart from then on: one that kills its decoder is found so.
+    Where a process died, the images of the first file of what is left are decoded apart, one by one: what was
+    being read is among them, and one that kills its decoder is found so. The others go on as before.
 
     Args:
         images: The table, at its latest version; nobody else writes to it.
@@ -60,17 +62,17 @@ def encode_gap(
         stage: What an error calls it.
 
     Raises:
-        StageError: Processes die also where images are decoded apart: images are not the cause. Or an encoder
-            dies at every image, or is out of reach twice running before it has stored one.
+        StageError: Processes die also where images are decoded apart, or before any is stored, again and
+            again: images are not the cause. Or an encoder dies at every image, or is out of reach twice
+            running before it has stored one.
     """
     from for_ray.stages.blocks import EncodeCounts
     from for_ray.stages.encode import encode
 
-    latest, uri, num_images = images, work_uri, gap.num_to_encode
-    done, work, is_apart = EncodeCounts(), WorkTime(), False
-    num_passes = num_crashes = 0
-    in_vain: str | None = None  # why the last pass ended, if it stored nothing
-    while num_crashes < MOST_PASSES:
+    latest, uri, num_images, is_whole = images, work_uri, gap.num_to_encode, True
+    done, work, crashes = EncodeCounts(), WorkTime(), _Crashes(stage)
+    num_passes = 0
+    while True:
         encoded = encode(
             latest,
             uri,
@@ -81,38 +83,76 @@ def encode_gap(
             most_bad=most_bad - done.quarantined,
             lease=lease,
             on_progress=partial(_tell, on_progress, done.stored),
-            is_apart=is_apart,
+            is_apart=crashes.is_apart,
         )
-        work = _sum(work, encoded.work)
-        if encoded.crash is None:
+        work, latest = _sum(work, encoded.work), encoded.table
+        if encoded.crash is None and is_whole:
             return encoded._replace(counts=done.plus(encoded.counts), work=work)
         gc.collect()  # Ray Data's error holds actors, which would keep the GPUs from those of the next pass
-        crash = encoded.crash
-        before, in_vain = in_vain, None if encoded.counts.stored else crash
-        if in_vain == before == UNREACHABLE:  # so is, at times, one that dies at every image
-            raise StageError(stage, DEAD_ENCODER)
-        is_apart |= crash not in OF_NODES or in_vain == RESULTS_LOST
-        num_crashes += crash not in OF_NODES or in_vain is not None
+        crashes.add(encoded)
         # Images that were gone or replaced are in no table: they are met, and counted, again.
         done = done.plus(encoded.counts)._replace(gone=0, changed=0)
         num_passes += 1
-        latest, uri = encoded.table, join_uri(work_uri, f"rest-{num_passes}")
-        num_images = _write_rest(gap, images, latest, folder=folder / f"{num_passes}", rest_uri=uri)
+        uri = join_uri(work_uri, f"rest-{num_passes}")
+        rest = _write_rest(gap, images, latest, folder=folder / f"{num_passes}", rest_uri=uri)
+        num_images = rest.num_to_encode
         if not num_images:
             return encoded._replace(counts=done, work=work, crash=None)
-    raise StageError(
-        stage,
-        f"processes of workers died in {MOST_PASSES} attempts, though no image is to blame: {crash}; "
-        "have the nodes memory for them, and do they stay? Run again to go on: what was committed stays",
-    )
+        is_whole = not crashes.is_apart or len(rest.file_uris) == 1
+        if not is_whole:
+            uri, num_images = rest.file_uris[0], ROWS_PER_FILE
+
+
+class _Crashes:
+    """What the ends of passes so far say of the next one.
+
+    Args:
+        stage: What an error calls it.
+    """
+
+    def __init__(self, stage: str) -> None:
+        self._stage = stage
+        self._num_apart, self._next_apart = 0, 1
+        self._num_in_vain = 0
+        self._in_vain: str | None = None  # why the last pass ended, if it stored nothing
+
+    @property
+    def is_apart(self) -> bool:
+        """Whether the next pass decodes apart, and is over one file only."""
+        return self._num_apart > 0
+
+    def add(self, encoded: Encoded) -> None:
+        """Take a pass that is not the last.
+
+        Raises:
+            StageError: There is no sense in another one.
+        """
+        crash = encoded.crash
+        if crash is None:  # what it decoded apart is done
+            self._num_apart -= 1
+            return
+        before, self._in_vain = self._in_vain, None if encoded.counts.stored else crash
+        self._num_in_vain = self._num_in_vain + 1 if self._in_vain else 0
+        if self._in_vain == before == UNREACHABLE:  # so is, at times, one that dies at every image
+            raise StageError(self._stage, DEAD_ENCODER)
+        if self._num_in_vain == MOST_IN_VAIN:
+            raise StageError(
+                self._stage,
+                f"processes of workers died in {MOST_IN_VAIN} attempts that stored nothing, though no image "
+                f"is to blame: {crash}; have the nodes memory for them, and do they stay? Run again to go "
+                "on: what was committed stays",
+            )
+        if crash not in OF_NODES or self._in_vain == RESULTS_LOST:
+            # Many nodes read many files at once: what was being read may lie in a later one than the first.
+            self._num_apart, self._next_apart = self._next_apart, 2 * self._next_apart
 
 
 def _tell(on_progress: Callable[[int], None], done: int, count: int) -> None:
     on_progress(done + count)
 
 
-def _write_rest(gap: Gap, before: Any, after: Any, *, folder: Path, rest_uri: str) -> int:
-    """Write what was to be encoded without the rows that came into the table since `before`; how many."""
+def _write_rest(gap: Gap, before: Any, after: Any, *, folder: Path, rest_uri: str) -> Gap:
+    """Write what was to be encoded without the rows that came into the table since `before`."""
     wanted = Spill(folder / "wanted", pq.read_schema(gap.file_uris[0]))
     for uri in gap.file_uris:
         with pq.ParquetFile(uri) as file:
@@ -122,7 +162,7 @@ def _write_rest(gap: Gap, before: Any, after: Any, *, folder: Path, rest_uri: st
     known = (batch["_rowid"] for batch in table.scan_state(before) if batch.num_rows)
     last = max((pc.max(row_ids).as_py() for row_ids in known), default=-1)
     added = (_newer(batch, last) for batch in table.scan_state(after))
-    return write_gap(wanted, added, folder=folder / "rest", gap_uri=rest_uri).num_to_encode
+    return write_gap(wanted, added, folder=folder / "rest", gap_uri=rest_uri)
 
 
 def _newer(rows: pa.RecordBatch, last: int) -> pa.RecordBatch:

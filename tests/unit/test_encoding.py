@@ -8,8 +8,10 @@ import pytest
 
 from for_ray.errors import StageError
 from for_ray.index import table
+from for_ray.pipeline import encoding
 from for_ray.pipeline.encoding import encode_gap
 from for_ray.schema import LISTING_SCHEMA, WorkTime, images_schema
+from for_ray.stages import diff
 from for_ray.stages import encode as stage
 from for_ray.stages.blocks import EncodeCounts
 from for_ray.stages.diff import write_gap
@@ -21,15 +23,15 @@ NUM_IMAGES = 12
 
 
 class Passes:
-    """Encode stages that store some rows each and then crash; how they were asked."""
+    """Encode stages that store some rows each, find others gone, and may crash; how they were asked."""
 
-    def __init__(self, *passes: tuple[int, str | None]) -> None:
+    def __init__(self, *passes: tuple[int, str | None] | tuple[int, str | None, int]) -> None:
         self._passes = list(passes)
         self.were_apart: list[bool] = []
         self.asked: list[list[str]] = []
 
     def encode(self, images, gap_uri, *, num_images, is_apart, on_progress, **_):
-        num_stored, crash = self._passes.pop(0)
+        num_stored, crash, *rest = self._passes.pop(0)
         uris = sorted(pq.read_table(gap_uri)["uri"].to_pylist())
         assert len(uris) == num_images
         self.asked.append(uris)
@@ -44,12 +46,12 @@ class Passes:
         work = WorkTime(
             read_seconds=1, wait_seconds=0, encode_seconds=0, write_seconds=0, num_actors=1, has_gpus=False
         )
-        return stage.Encoded(images, EncodeCounts(stored=num_stored), work, crash)
+        return stage.Encoded(images, EncodeCounts(stored=num_stored, gone=sum(rest)), work, crash)
 
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-    def start(*passes: tuple[int, str | None]):
+    def start(*passes: tuple[int, str | None] | tuple[int, str | None, int]):
         made = Passes(*passes)
         monkeypatch.setattr(stage, "encode", made.encode)
         listed = Spill(tmp_path / "listed", LISTING_SCHEMA)
@@ -101,16 +103,49 @@ def test_results_that_are_lost_before_an_image_is_stored_may_be_an_images_doing(
     assert made.were_apart == [False, False, True]
 
 
-def test_a_process_that_dies_has_images_decoded_apart_and_ends_the_run_the_fourth_time(run):
-    start, made, _ = run((1, UNREACHABLE), (1, OF_PROCESS), (1, NEVER_STARTED), *[(1, OF_PROCESS)] * 3)
-    with pytest.raises(StageError, match=f"in 4 attempts, though no image is to blame: {OF_PROCESS}"):
+def test_a_process_that_dies_has_images_decoded_apart_and_ends_the_run_the_fourth_time_in_vain(run):
+    start, made, _ = run((1, UNREACHABLE), (1, OF_PROCESS), (1, NEVER_STARTED), *[(0, OF_PROCESS)] * 4)
+    message = f"in 4 attempts that stored nothing, though no image is to blame: {OF_PROCESS}"
+    with pytest.raises(StageError, match=message):
         start()
-    assert made.were_apart == [False, False, True, True, True, True]
+    assert made.were_apart == [False, False, True, True, True, True, True]
+
+
+def test_processes_may_die_as_often_as_images_were_stored_between(run):
+    start, made, told = run(*[(1, OF_PROCESS), (0, OF_PROCESS), (0, NEVER_STARTED)] * 6, (6, None))
+    assert start().counts == EncodeCounts(stored=NUM_IMAGES)
+    assert made.were_apart == [False, *[True] * 18]
+    assert told[-1] == NUM_IMAGES
+
+
+def test_only_the_first_file_of_what_is_left_is_decoded_apart(run, monkeypatch):
+    """Behind a second crash two are, since what was being read may have lain in the second."""
+    monkeypatch.setattr(diff, "ROWS_PER_FILE", 2)
+    monkeypatch.setattr(encoding, "ROWS_PER_FILE", 2)
+    start, made, told = run(
+        (2, OF_PROCESS), (2, None), (1, OF_PROCESS), (2, None), (1, UNREACHABLE), (2, None), (2, None)
+    )
+    encoded = start()
+    assert encoded.counts == EncodeCounts(stored=NUM_IMAGES)
+    assert encoded.work.read_seconds == 7
+    assert made.were_apart == [False, True, False, True, True, True, False]
+    assert [len(uris) for uris in made.asked] == [12, 2, 8, 2, 2, 2, 2]
+    assert made.asked[1] == made.asked[0][2:4]
+    assert told == [2, 4, 5, 7, 8, 10, 12]
+    assert sorted(encoded.table.to_table(["uri"])["uri"].to_pylist()) == made.asked[0]
+
+
+def test_images_that_are_gone_are_counted_once_though_they_are_met_apart_too(run, monkeypatch):
+    monkeypatch.setattr(diff, "ROWS_PER_FILE", 3)
+    monkeypatch.setattr(encoding, "ROWS_PER_FILE", 3)
+    start, made, _ = run((2, OF_PROCESS), (1, None, 2), (7, None, 2))
+    assert start().counts == EncodeCounts(stored=10, gone=2)
+    assert [len(uris) for uris in made.asked] == [12, 3, 9]
 
 
 def test_nodes_that_go_before_anything_is_done_end_the_run_the_fourth_time(run):
     start, made, _ = run(*[(0, NEVER_STARTED)] * 4)
-    with pytest.raises(StageError, match="in 4 attempts"):
+    with pytest.raises(StageError, match="in 4 attempts that stored nothing"):
         start()
     assert made.were_apart == [False] * 4
 
