@@ -45,8 +45,8 @@ LISTS_PER_ROOT = 4
 
 FLAT_QUANTIZER_LISTS = 1 << 16
 """Above this a query's and a vector's list are found by HNSW: comparing with each centroid costs more than
-scanning the lists. Not below: of 16,384 lists of 256 dimensions HNSW32 finds a vector's 1.4 times as fast, one
-thread each, but the nearest for 0.82 of the vectors (efSearch 16, FAISS's own); for 0.986 at 64, no faster."""
+scanning the lists. Not below: of 16,384 lists of 256 dimensions HNSW32 finds a vector's 1.4 times as fast,
+but for 0.82 of the vectors the nearest (efSearch 16, FAISS's own); for 0.986 at 64, and then no faster."""
 
 SCAN_AT_LEAST = 50_000
 """Vectors that a query may look at in any case: 0.4 ms by the measured 0.08 ms for 300,000 · 32 / 1024."""
