@@ -25,7 +25,7 @@ from for_ray.storage.objects import (
 )
 from for_ray.storage.refusals import ConditionFailed, ObjectChanged, ObjectDenied, ObjectGone
 from for_ray.storage.spill import Spill
-from for_ray.storage.tars import list_members, read_image
+from for_ray.storage.tars import find_image, list_members, read_image
 from for_ray.storage.uris import canonical_uri, is_s3, join_uri, local_path, shown, split_s3
 
 __all__ = [
@@ -43,6 +43,7 @@ __all__ = [
     "delete_tree",
     "download",
     "exists",
+    "find_image",
     "is_s3",
     "join_uri",
     "lance_options",

@@ -14,7 +14,7 @@ import tarfile
 from collections.abc import Iterator
 
 from for_ray.errors import DataError
-from for_ray.storage.objects import Entry, read_bytes
+from for_ray.storage.objects import Entry, read_bytes, stat
 from for_ray.storage.uris import is_s3, shown
 
 MAX_IMAGE_BYTES = 1 << 28
@@ -36,20 +36,47 @@ def read_image(uri: str, etag: str, *, max_bytes: int = MAX_IMAGE_BYTES) -> byte
         DataError: It is larger than `max_bytes`, or the tar is damaged.
         StorageError: The store refused, or could not be reached after several tries.
     """
+    member = _member(uri, etag)
+    if member is None:
+        return read_bytes(uri, etag=etag, max_bytes=max_bytes)
+    tar, offset = member
+    if tar.size_bytes > max_bytes:
+        raise DataError(f"{shown(uri)} is too large: {tar.size_bytes} bytes, at most {max_bytes} are read")
+    return read_bytes(tar.uri, etag=tar.etag, start=offset, length=tar.size_bytes)
+
+
+def find_image(uri: str, etag: str) -> tuple[Entry, int]:
+    """Where `read_bytes` finds an image as it was listed: without reading it.
+
+    Returns:
+        The object, which is the tar for a member of one, with the image's own size and the etag that it must
+        have; and the image's first byte in it.
+
+    Raises:
+        ObjectGone: The object is not there any more; a tar is not looked for.
+        DataError: It is no file, or the tar is damaged.
+        StorageError: The store refused, or could not be reached after several tries.
+    """
+    member = _member(uri, etag)
+    if member is not None:
+        return member
+    entry = stat(uri)
+    return Entry(uri, etag or entry.etag, entry.size_bytes), 0
+
+
+def _member(uri: str, etag: str) -> tuple[Entry, int] | None:
+    """The tar, with the size of its member, and where that begins; None for a whole object."""
     if damage := _DAMAGED.fullmatch(etag):
         raise DataError(f"{shown(uri)} is damaged: what lies behind byte {damage['offset']} cannot be read")
     if etag.endswith(_AMBIGUOUS):
         raise DataError(f"{shown(uri)} has .tar# in its name: that marks members of a tar; rename it")
     member = _MEMBER.fullmatch(etag)
     if member is None:
-        return read_bytes(uri, etag=etag, max_bytes=max_bytes)
+        return None
     end = _TAR_END.search(uri)
     if end is None:
         raise DataError(f"{shown(uri)} has the etag of a tar member, but names no .tar file")
-    offset, length = int(member["offset"]), int(member["length"])
-    if length > max_bytes:
-        raise DataError(f"{shown(uri)} is too large: {length} bytes, at most {max_bytes} are read")
-    return read_bytes(uri[: end.end() - 1], etag=member["etag"], start=offset, length=length)
+    return Entry(uri[: end.end() - 1], member["etag"], int(member["length"])), int(member["offset"])
 
 
 def list_members(tar: Entry) -> Iterator[Entry]:
