@@ -32,6 +32,7 @@ def _serve_until_interrupted(settings: ServeSettings) -> None:
         settings.index,
         encoder=settings.encoder,
         refresh_seconds=settings.refresh_seconds,
+        grace_seconds=settings.grace_seconds,
         device=settings.device,
         cache_path=settings.cache,
         num_shards=settings.shards,

@@ -63,6 +63,13 @@ class ServeSettings(Settings):
     refresh_seconds: float = Field(
         10.0, ge=0.1, le=86_400.0, description="how often to look whether another snapshot is published"
     )
+    grace_seconds: float = Field(
+        300.0,
+        ge=0.0,
+        le=86_400.0,
+        description="for how long the snapshot before stays open after a switch, for further pages of its "
+        "answers; until the next one is opened at most",
+    )
     examples: str | None = Field(
         None, min_length=1, description="questions that the page proposes, with semicolons between"
     )

@@ -11,20 +11,44 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import requests
 
 from for_ray.errors import ForRayError
+from for_ray.serving.received import (
+    Answer,
+    Box,
+    Found,
+    Hit,
+    ImageObjects,
+    PublishedSnapshot,
+    Slot,
+    read_answer,
+    read_objects,
+    read_snapshots,
+)
+
+__all__ = [
+    "Answer",
+    "Box",
+    "Client",
+    "ExportFormat",
+    "Found",
+    "Hit",
+    "ImageObjects",
+    "PublishedSnapshot",
+    "ServiceError",
+    "Slot",
+    "question",
+]
 
 TIMEOUT_SECONDS = 60.0
 
 MAX_SHOWN_LETTERS = 300
 """Of an answer that is none of the service's own."""
 
-Box = tuple[float, float, float, float]
 ExportFormat = Literal["csv", "jsonl", "coco"]
 Read = TypeVar("Read")
 
@@ -57,81 +81,6 @@ class ServiceError(ForRayError):
 
     def __str__(self) -> str:
         return f"{self.url}: {self.reason}"
-
-
-@dataclass(frozen=True)
-class Found:
-    """What stands for one name of a question in an image: as `retrieval.Found`."""
-
-    name: str
-    score: float
-    slot: int
-    box: Box
-
-
-@dataclass(frozen=True)
-class Hit:
-    """One image of an answer: as `retrieval.Hit`, and the upright image's pixels where they are known."""
-
-    uri: str
-    score: float
-    image_id: int
-    slot: int
-    box: Box
-    found: tuple[Found, ...]
-    folded: tuple[str, ...]
-    width: int | None
-    height: int | None
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What the current snapshot answers to a question: as `retrieval.Answer`."""
-
-    hits: tuple[Hit, ...]
-    names: tuple[str, ...]
-    snapshot_id: int
-    num_looked_at: int
-    is_complete: bool
-    is_exhaustive: bool
-    is_proven: bool
-    reason: str | None
-    next_page: str | None
-    seconds: Mapping[str, float]
-
-
-@dataclass(frozen=True)
-class Slot:
-    """One stored vector of an image, by what it speaks for."""
-
-    slot: int
-    box: Box
-
-
-@dataclass(frozen=True)
-class ImageObjects:
-    """What the index holds of an image; `columns` are those of the manifest."""
-
-    image_id: int
-    uri: str
-    etag: str
-    width: int | None
-    height: int | None
-    snapshot_id: int
-    slots: tuple[Slot, ...]
-    columns: Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class PublishedSnapshot:
-    """One published state of the index; `recall` is None where it was not measured."""
-
-    snapshot_id: int
-    created_at: str
-    encoder: str
-    indexed: int
-    vectors: int
-    recall: float | None
 
 
 class Client:
@@ -175,20 +124,21 @@ class Client:
             region: With an image, or with `like` an image of the index, a box of it as fractions of width
                 and height.
             like: `IMAGE_ID` or `IMAGE_ID:SLOT`.
-            **options: `k`, `min_score`, `fold_at`, `unwanted_above`, `page`, as of `retrieval.Question`; and
+            **options: `k`, `min_score`, `fold_at`, `unwanted_above`, `page`, as of `retrieval.Question`;
+                `snapshot_id`, the snapshot that has to answer; and
                 `under`, `glob`, `where`, `image_ids`, as of `retrieval.Filters`.
 
         Raises:
             ServiceError: It refused, or cannot be reached.
         """
-        return _read(self._post("/search", question(text, image, region, like, **options)), _answer)
+        return _read(self._post("/search", question(text, image, region, like, **options)), read_answer)
 
     def similar(
         self, image_id: int, slot: int, *, k: int | None = None, min_score: float | None = None
     ) -> Answer:
         """More like an object of the index."""
         given = {"k": k, "min_score": min_score}
-        return _read(self._get(f"/similar/{image_id:d}/{slot:d}", given), _answer)
+        return _read(self._get(f"/similar/{image_id:d}/{slot:d}", given), read_answer)
 
     def image(self, image_id: int) -> bytes:
         """The image's file."""
@@ -200,7 +150,7 @@ class Client:
 
     def objects(self, image_id: int) -> ImageObjects:
         """What the index holds of an image."""
-        return _read(self._get(f"/images/{image_id:d}/objects"), _objects)
+        return _read(self._get(f"/images/{image_id:d}/objects"), read_objects)
 
     def export(
         self,
@@ -224,14 +174,18 @@ class Client:
 
     def snapshots(self) -> tuple[PublishedSnapshot, ...]:
         """Those that are published, the newest first."""
-        return _read(self._get("/snapshots"), _snapshots)
+        return _read(self._get("/snapshots"), read_snapshots)
 
     def about(self) -> dict[str, Any]:
         """What is served: the index's name, encoder, counts and columns, and the service's limits."""
         return _read(self._get("/about"), dict)
 
     def health(self) -> dict[str, Any]:
-        """`status`, `snapshot_id`, and why a newer one could not be opened (`stale`); needs no token."""
+        """`status`, `snapshot_id`, its age, and why a newer one could not be opened; needs no token.
+
+        Raises:
+            ServiceError: The service is not well (`unwell`), or cannot be reached.
+        """
         return _read(self._get("/healthz"), dict)
 
     def _get(self, path: str, query: Mapping[str, Any] | None = None) -> requests.Response:
@@ -296,36 +250,6 @@ def _read(answer: requests.Response, make: Callable[[Any], Read]) -> Read:
     except (ValueError, TypeError, KeyError, AttributeError):
         reason = f"is no search service's answer: {answer.text[:MAX_SHOWN_LETTERS]!r}; is the address right?"
         raise ServiceError(str(answer.url), _line(reason), answer.status_code, "http") from None
-
-
-def _answer(found: Mapping[str, Any]) -> Answer:
-    hits = tuple(_hit(each) for each in found["hits"])
-    return Answer(**{**_known(Answer, found), "hits": hits, "names": tuple(found["names"])})
-
-
-def _hit(found: Mapping[str, Any]) -> Hit:
-    objects = tuple(Found(**{**_known(Found, each), "box": _box(each["box"])}) for each in found["found"])
-    given = {"box": _box(found["box"]), "found": objects, "folded": tuple(found["folded"])}
-    return Hit(**{**_known(Hit, found), **given})
-
-
-def _objects(found: Mapping[str, Any]) -> ImageObjects:
-    slots = tuple(Slot(each["slot"], _box(each["box"])) for each in found["slots"])
-    return ImageObjects(**{**_known(ImageObjects, found), "slots": slots})
-
-
-def _snapshots(found: Mapping[str, Any]) -> tuple[PublishedSnapshot, ...]:
-    return tuple(PublishedSnapshot(**_known(PublishedSnapshot, each)) for each in found["snapshots"])
-
-
-def _known(kind: Any, found: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a dataclass; what a newer service says besides is left out."""
-    return {name: found.get(name) for name in kind.__dataclass_fields__}
-
-
-def _box(sides: Sequence[float]) -> Box:
-    x0, y0, x1, y1 = sides
-    return x0, y0, x1, y1
 
 
 def _refusal(url: str, answer: requests.Response) -> ServiceError:

@@ -1,14 +1,19 @@
 """The snapshot that questions go to, and the switch to the next one between two of them.
 
 A question leases the snapshot that is current when it begins, and ends on it. A new one is opened and warmed
-beside the old one; then they are swapped; the old one is closed when its last lease ends. What goes wrong on
-the way leaves the old one in its place.
+beside the old one; then they are swapped. For a grace time the old one stays open for those who go on with an
+answer of it; then it is closed, or when its last lease ends. What goes wrong on the way leaves the old one in
+its place.
+
+Several services of one index (replicas) switch at different moments. One that is asked for a snapshot, or for
+an image, that only another one can have told of looks for a newer snapshot first.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,24 +26,54 @@ _LOG = logging.getLogger(__name__)
 MOST_WAIT = 32
 """While refreshes fail, they are tried more and more rarely: after this many `refresh_seconds` at most."""
 
+LOOK_SECONDS = 10.0
+"""For which a question waits while a snapshot that it needs is opened for another one."""
+
+MISS_SECONDS = 1.0
+"""Between two looks for a newer snapshot because the current one lacks an image."""
+
+
+class SnapshotClosedError(ForRayError):
+    """The snapshot that is asked for is not open.
+
+    Args:
+        wanted: Its id.
+        current: The id of the one that is.
+        is_coming: Whether it may be open soon.
+    """
+
+    def __init__(self, wanted: int, current: int, is_coming: bool) -> None:
+        super().__init__(wanted, current, is_coming)
+        self.wanted, self.current, self.is_coming = wanted, current, is_coming
+
+    def __str__(self) -> str:
+        return f"snapshot {self.wanted} is asked for, and snapshot {self.current} is served now"
+
 
 @dataclass
 class _Held:
-    """An opened snapshot, how many questions are in it, and whether another has taken its place."""
+    """An opened snapshot, how many questions are in it, and whether no more will come."""
 
     index: OpenIndex
     num_leases: int = 0
-    is_replaced: bool = False
+    is_over: bool = False
+    grace: threading.Timer | None = None
+
+    @property
+    def snapshot_id(self) -> int:
+        return self.index.snapshot.snapshot_id
 
 
 class Current:
-    """The open snapshot of an index; threads share it.
+    """The open snapshot of an index, and for a while the one before; threads share it.
 
     Args:
         open_snapshot: Opens a snapshot, given its id (None: the latest) and the opened index whose place it
             takes (None: the first), whose encoder it may share; as `retrieval.open_index` does.
         latest_id: Which snapshot was published last; cheap, for it is asked again and again.
         refresh_seconds: How often `start` looks for a newer one.
+        grace_seconds: For which the snapshot before stays open after a switch, or until a next one is opened:
+            there are never more than two, but for leases.
 
     Raises:
         ForRayError: There is nothing to open.
@@ -50,35 +85,59 @@ class Current:
         latest_id: Callable[[], int],
         *,
         refresh_seconds: float,
+        grace_seconds: float = 0.0,
     ) -> None:
         self._open_snapshot = open_snapshot
         self._latest_id = latest_id
-        self._refresh_seconds = refresh_seconds
+        self._refresh_seconds, self._grace_seconds = refresh_seconds, grace_seconds
         self._lock = threading.Lock()  # of what is held; never while something is opened
         self._refreshing = threading.Lock()
         self._stopped = threading.Event()
         self._thread: threading.Thread | None = None
-        self._num_failed_now = 0
+        self._num_begun = self._num_failed_now = 0
+        self._missed_at = -MISS_SECONDS
         self.stale: str | None = None
         self.num_swaps = 0
         self.num_failed = 0
+        self._before: _Held | None = None
         self._held = _Held(self._opened(None, None))
+        self._refreshed_at = time.monotonic()
 
     @property
     def snapshot_id(self) -> int:
         """Of the snapshot that the next question goes to."""
-        return self._held.index.snapshot.snapshot_id
+        return self._held.snapshot_id
+
+    @property
+    def seconds_stale(self) -> float:
+        """Since the last refresh that did not fail; 0 where that is the last one."""
+        return time.monotonic() - self._refreshed_at if self.stale is not None else 0.0
 
     @contextmanager
-    def lease(self) -> Iterator[OpenIndex]:
-        """The snapshot that is current now; it stays open until the block ends."""
-        with self._lock:
-            held = self._held
-            held.num_leases += 1
+    def lease(self, snapshot_id: int | None = None) -> Iterator[OpenIndex]:
+        """The snapshot that is current now, or the one that is asked for; it stays open until the block ends.
+
+        A newer one than the current is looked for.
+
+        Raises:
+            SnapshotClosedError: It is not open: it was replaced too long ago, or never published.
+        """
+        held = self._taken(snapshot_id)
         try:
             yield held.index
         finally:
             self._give_back(held)
+
+    @contextmanager
+    def lease_with(self, image_id: int) -> Iterator[OpenIndex]:
+        """As `lease`: the current snapshot, or where it lacks the image a newer one, if there is one."""
+        with self.lease() as index:
+            if index.image(image_id) is not None or not self._may_look():
+                yield index
+                return
+        self._look()
+        with self.lease() as index:
+            yield index
 
     def refresh(self) -> bool:
         """Look once for a newer snapshot, and take it; whether there was one.
@@ -86,17 +145,7 @@ class Current:
         A refresh that fails is logged and counted, `stale` says why, and the snapshot stays.
         """
         with self._refreshing:
-            try:
-                is_swapped = self._refresh()
-            except Exception as error:  # noqa: BLE001 - whatever it is, the old snapshot goes on
-                self.stale = _said(error)
-                self.num_failed += 1
-                self._num_failed_now += 1
-                _LOG.warning("snapshot %d stays: %s", self.snapshot_id, self.stale)
-                return False
-            self.stale = None
-            self._num_failed_now = 0
-            return is_swapped
+            return self._refreshed()
 
     def start(self) -> None:
         """Refresh from now on, in a thread."""
@@ -105,41 +154,96 @@ class Current:
         self._thread.start()
 
     def stop(self) -> None:
-        """End the thread, a refresh that runs first; the snapshot stays open."""
+        """End the thread, a refresh that runs first; what is open stays open."""
         self._stopped.set()
         if self._thread is not None:
             self._thread.join()
             self._thread = None
 
     def close(self) -> None:
-        """End the thread and give the snapshot back; no more leases are to be taken."""
+        """End the thread and give the snapshots back; no more leases are to be taken."""
         self.stop()
-        self._replace(None)
+        self._end_grace()
+        self._end(self._held)
 
     def _refresh_on(self) -> None:
         while not self._stopped.wait(self._refresh_seconds * min(2**self._num_failed_now, MOST_WAIT)):
             self.refresh()
 
-    def _refresh(self) -> bool:
-        latest_id = self._latest_id()
-        if latest_id == self.snapshot_id:
+    def _look(self) -> bool:
+        """Refresh for a question, unless a refresh that began after this call does so; whether that was done.
+
+        While refreshes fail, the store is left to the thread.
+        """
+        begun = self._num_begun
+        if self._num_failed_now or not self._refreshing.acquire(timeout=LOOK_SECONDS):
             return False
-        old_id = self.snapshot_id
-        self._replace(self._opened(latest_id, self._held.index))
-        self.num_swaps += 1
-        _LOG.info("snapshot %d instead of %d", latest_id, old_id)
+        try:
+            if self._num_begun == begun:
+                self._refreshed()
+        finally:
+            self._refreshing.release()
+        return not self._num_failed_now
+
+    def _may_look(self) -> bool:
+        """Whether a missing image is worth a look: with every one, guessed ids would keep the store busy."""
+        now = time.monotonic()
+        if now - self._missed_at < MISS_SECONDS and not self._refreshing.locked():
+            return False
+        self._missed_at = now
         return True
 
-    def _replace(self, opened: OpenIndex | None) -> None:
-        """Let questions go to another snapshot; the old one is closed now, or by its last lease."""
+    def _refreshed(self) -> bool:
+        self._num_begun += 1
+        try:
+            is_swapped = self._refresh()
+        except Exception as error:  # noqa: BLE001 - whatever it is, the old snapshot goes on
+            self.stale = _said(error)
+            self.num_failed += 1
+            self._num_failed_now += 1
+            _LOG.warning("snapshot %d stays: %s", self.snapshot_id, self.stale)
+            return False
+        self.stale = None
+        self._num_failed_now = 0
+        self._refreshed_at = time.monotonic()
+        return is_swapped
+
+    def _refresh(self) -> bool:
+        latest_id, old = self._latest_id(), self._held
+        if latest_id == old.snapshot_id:
+            return False
+        self._end_grace()
+        opened = _Held(self._opened(latest_id, old.index))
         with self._lock:
-            old = self._held
-            old.is_replaced = True
-            if opened is not None:
-                self._held = _Held(opened)
-            is_free = old.num_leases == 0
+            self._held, self._before = opened, old
+        self.num_swaps += 1
+        _LOG.info("snapshot %d instead of %d", latest_id, old.snapshot_id)
+        if self._grace_seconds > 0:
+            old.grace = threading.Timer(self._grace_seconds, self._end_grace, [old])
+            old.grace.daemon = True
+            old.grace.start()
+        else:
+            self._end_grace()
+        return True
+
+    def _end_grace(self, which: _Held | None = None) -> None:
+        """Let no more questions go to the snapshot before: to `which`, where that is the one before still."""
+        with self._lock:
+            before = self._before
+            if before is None or (which is not None and which is not before):
+                return
+            self._before = None
+        if before.grace is not None:
+            before.grace.cancel()
+        self._end(before)
+
+    def _end(self, held: _Held) -> None:
+        """Close a snapshot that no more questions go to, now or by its last lease."""
+        with self._lock:
+            held.is_over = True
+            is_free = held.num_leases == 0
         if is_free:
-            old.index.close()
+            held.index.close()
 
     def _opened(self, snapshot_id: int | None, beside: OpenIndex | None) -> OpenIndex:
         opened = self._open_snapshot(snapshot_id, beside)
@@ -150,10 +254,22 @@ class Current:
             raise
         return opened
 
+    def _taken(self, snapshot_id: int | None) -> _Held:
+        is_known = True
+        if snapshot_id is not None and snapshot_id > self.snapshot_id:
+            is_known = self._look()
+        with self._lock:
+            for held in (self._held, self._before):
+                if held is not None and snapshot_id in (None, held.snapshot_id):
+                    held.num_leases += 1
+                    return held
+            current = self._held.snapshot_id
+        raise SnapshotClosedError(snapshot_id or 0, current, not is_known)
+
     def _give_back(self, held: _Held) -> None:
         with self._lock:
             held.num_leases -= 1
-            is_last = held.is_replaced and held.num_leases == 0
+            is_last = held.is_over and held.num_leases == 0
         if is_last:
             held.index.close()
 

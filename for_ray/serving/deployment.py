@@ -27,6 +27,7 @@ from for_ray.stages.cluster import Cluster
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
+    from for_ray.serving.meters import RayMeters
     from for_ray.serving.opening import Served
 
 NAME = "for_ray"
@@ -68,13 +69,17 @@ class Replica:
     def __init__(self, served: Served) -> None:
         self._service = served.open()
         self._service.current.start()
+        self._meters: RayMeters | None = None
         self._is_open = True
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """The application; Serve calls it once the replica is made."""
         from for_ray.serving.app import make_app
+        from for_ray.serving.meters import RayMeters
 
-        return make_app(self._service)
+        self._meters = RayMeters()
+        self._meters.show(self._service.current)
+        return make_app(self._service, self._meters)
 
     async def check_health(self) -> None:
         """Ask something, while others are answered; Serve replaces the replica when this raises.
@@ -83,6 +88,8 @@ class Replica:
             StageError: A shard is gone for good. What is wrong with the store or the index raises nothing: a
                 new replica would not do better.
         """
+        if self._meters is not None:
+            self._meters.show(self._service.current)
         await asyncio.to_thread(self._ask)
 
     def _ask(self) -> None:

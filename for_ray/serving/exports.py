@@ -106,9 +106,13 @@ def _coco(answer: Answer) -> dict[str, Any]:
         {"id": hit.image_id, "file_name": hit.uri, "width": hit.width, "height": hit.height} for hit in sized
     ]
     boxes = [(hit, found) for hit in sized for found in hit.found]
-    about = f"hits of snapshot {answer.snapshot_id}"
+    about = {
+        "description": f"hits of snapshot {answer.snapshot_id}",
+        "snapshot_id": answer.snapshot_id,
+        "images_without_size": len(answer.hits) - len(sized),
+    }
     return {
-        "info": {"description": about, "images_without_size": len(answer.hits) - len(sized)},
+        "info": about,
         "images": images,
         "categories": [{"id": number, "name": name} for number, name in enumerate(names, 1)],
         "annotations": [

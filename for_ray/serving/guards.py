@@ -1,8 +1,8 @@
 """What stands between a client and the routes: ASGI middlewares that know nothing of the index.
 
 From outside to inside: `Headers`, what every answer carries, errors too; `Hosts` against names that others
-bound to this machine (DNS rebinding); `Rates` per client address; `Tokens`; `Bodies`, whose bytes are counted
-as they come in.
+bound to this machine (DNS rebinding); `bounds.Rates` per client address; `Tokens`; `bounds.Bodies`, whose
+bytes are counted as they come in.
 """
 
 from __future__ import annotations
@@ -12,9 +12,7 @@ import hmac
 import ipaddress
 import logging
 import re
-import threading
 import time
-from collections import OrderedDict
 from collections.abc import Callable
 from http.cookies import CookieError, SimpleCookie
 
@@ -28,20 +26,11 @@ _LOG = logging.getLogger(__name__)
 
 COOKIE = "for_ray_session"
 
+SESSION_SECONDS = 7 * 86_400
+"""After which a session's cookie is worth nothing, and the token is asked for again."""
+
 KNOWN = "for_ray.is_known"
 """In a request's scope: whether its client knows the token, on the routes that need none too."""
-
-ADDRESSES_KEPT = 10_000
-"""Client addresses whose rate is known, the last seen ones."""
-
-BURST_SECONDS = 4.0
-"""Requests that may come at once, in seconds' worth of the rate."""
-
-PICTURE_COST = 0.1
-"""Of a thumbnail or an image, where a question costs 1: a page of hits has a hundred of them."""
-
-BODIES_HELD = 16
-"""Bodies of the largest size that may be held in memory at once; smaller ones accordingly more."""
 
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; "
@@ -55,16 +44,14 @@ SAFE_HEADERS = {
     "Cross-Origin-Resource-Policy": "same-origin",
 }
 
-_HOST = re.compile(r"(?:\[(?P<address>[0-9a-f:.]+)\]|(?P<name>[^\[\]:/@]+))(?::[0-9]+)?")
+_UNTIL = re.compile(r"[0-9]{1,12}")
 
-_PICTURES = ("/thumbnails/", "/images/")
-_PAGE = "/page/"
-_UNMETERED = frozenset({"/", "/healthz", "/metrics"})
+_HOST = re.compile(r"(?:\[(?P<address>[0-9a-f:.]+)\]|(?P<name>[^\[\]:/@]+))(?::[0-9]+)?")
 
 
 def is_open(method: str, path: str) -> bool:
     """Whether a route needs no token: the page, which holds no one's data, health, and the way to sign in."""
-    return path in {"/", "/healthz"} or path.startswith(_PAGE) or (path == "/session" and method == "POST")
+    return path in {"/", "/healthz"} or path.startswith("/page/") or (path == "/session" and method == "POST")
 
 
 class Headers:
@@ -143,46 +130,6 @@ class Hosts:
         return True
 
 
-class Rates:
-    """A bucket of tokens for each client address; those that were not seen the longest are forgotten.
-
-    Args:
-        app: What is guarded.
-        per_second: Requests of one address, on average; 0 for as many as come.
-        clock: Seconds.
-    """
-
-    def __init__(self, app: ASGIApp, per_second: float, clock: Callable[[], float] = time.monotonic) -> None:
-        self._app = app
-        self._per_second = per_second
-        self._most = max(per_second * BURST_SECONDS, 1.0)
-        self._clock = clock
-        self._levels: OrderedDict[str, tuple[float, float]] = OrderedDict()
-        self._lock = threading.Lock()
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass the request on, or refuse it."""
-        if scope["type"] == "http" and self._per_second and not _is_unmetered(scope["path"]):
-            cost = PICTURE_COST if scope["path"].startswith(_PICTURES) else 1.0
-            wait = self.wait(_address(scope), cost)
-            if wait > 0:
-                reason = f"more than {self._per_second:g} requests a second: wait a moment"
-                raise Refusal(429, "rate", reason, retry_after=max(1, round(wait + 0.5)))
-        await self._app(scope, receive, send)
-
-    def wait(self, address: str, cost: float) -> float:
-        """Seconds until a request of this cost is let through; 0 where it is now, and paid for."""
-        now = self._clock()
-        with self._lock:
-            level, seen = self._levels.pop(address, (self._most, now))
-            level = min(level + (now - seen) * self._per_second, self._most)
-            is_let_through = level >= cost - 1e-9  # ten tenths are one
-            self._levels[address] = (level - cost if is_let_through else level, now)
-            while len(self._levels) > ADDRESSES_KEPT:
-                self._levels.popitem(last=False)
-        return 0.0 if is_let_through else (cost - level) / self._per_second
-
-
 class Tokens:
     """Only clients that know the token, or have a session's cookie; None lets everybody in."""
 
@@ -204,61 +151,7 @@ class Tokens:
         scheme, _, given = headers.get("authorization", "").partition(" ")
         if scheme.lower() == "bearer" and is_token(given.strip(), self._token):
             return True
-        return hmac.compare_digest(_cookie(headers).encode(), session_of(self._token).encode())
-
-
-class Bodies:
-    """Bodies that are JSON and not too large; their bytes are counted as they come in.
-
-    Args:
-        app: What is guarded.
-        max_bytes: Of one body; all that are held at once have `BODIES_HELD` times as many.
-    """
-
-    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
-        self._app = app
-        self._max_bytes = max_bytes
-        self._held_bytes = 0  # of all requests; one event loop runs them
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass the request on, or refuse it."""
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        self._check_head(scope["method"], HeaderMap(scope=scope))
-        num_bytes = 0
-
-        async def receive_counted() -> Message:
-            nonlocal num_bytes
-            message = await receive()
-            if message["type"] == "http.request":
-                size = len(message.get("body", b""))
-                num_bytes, self._held_bytes = num_bytes + size, self._held_bytes + size
-                self._check_size(num_bytes)
-            return message
-
-        try:
-            await self._app(scope, receive_counted, send)
-        finally:
-            self._held_bytes -= num_bytes
-
-    def _check_head(self, method: str, headers: HeaderMap) -> None:
-        if method == "POST" and _media_type(headers) != "application/json":
-            # A page of another site can send forms and plain text without asking, and JSON it can't.
-            raise Refusal(415, "request", "send the body as content-type application/json")
-        declared = headers.get("content-length", "0")
-        if not (declared.isascii() and declared.isdigit()) or int(declared[:20]) > self._max_bytes:
-            raise self._too_large()
-
-    def _check_size(self, num_bytes: int) -> None:
-        if num_bytes > self._max_bytes:
-            raise self._too_large()
-        if self._held_bytes > BODIES_HELD * self._max_bytes:
-            raise Refusal(503, "busy", "too many pictures come in: ask again in a moment", retry_after=1)
-
-    def _too_large(self) -> Refusal:
-        most = f"{self._max_bytes / 1e6:g} MB"
-        return Refusal(413, "too_large", f"a request has at most {most}: send a smaller picture")
+        return is_session(_cookie(headers), self._token)
 
 
 def is_token(given: str, token: str) -> bool:
@@ -266,9 +159,25 @@ def is_token(given: str, token: str) -> bool:
     return hmac.compare_digest(given.encode("utf-8", "replace"), token.encode())
 
 
-def session_of(token: str) -> str:
-    """What the cookie of a session holds: it proves that its holder knew the token, and doesn't tell it."""
-    return hmac.new(token.encode(), COOKIE.encode(), hashlib.sha256).hexdigest()
+def session_of(token: str, *, now: Callable[[], float] = time.time) -> str:
+    """What the cookie of a session holds: until when it is good, and a proof that its holder knew the token.
+
+    It doesn't tell the token. Whoever changes the token, or the time, ends it.
+    """
+    until = int(now()) + SESSION_SECONDS
+    return f"{until}.{_proof(token, until)}"
+
+
+def is_session(given: str, token: str, *, now: Callable[[], float] = time.time) -> bool:
+    """Whether it is what `session_of` gave, and still good."""
+    until, _, proof = given.partition(".")
+    if not _UNTIL.fullmatch(until) or int(until) <= now():
+        return False
+    return hmac.compare_digest(proof.encode("utf-8", "replace"), _proof(token, int(until)).encode())
+
+
+def _proof(token: str, until: int) -> str:
+    return hmac.new(token.encode(), f"{COOKIE} {until}".encode(), hashlib.sha256).hexdigest()
 
 
 def _cookie(headers: HeaderMap) -> str:
@@ -283,24 +192,3 @@ def _name_of(host: str) -> str:
     """A Host without its port, in small letters; empty where it is none."""
     parts = _HOST.fullmatch(host.strip().lower())
     return (parts["address"] or parts["name"] or "").rstrip(".") if parts else ""
-
-
-def _media_type(headers: HeaderMap) -> str:
-    return headers.get("content-type", "").partition(";")[0].strip().lower()
-
-
-def _is_unmetered(path: str) -> bool:
-    return path in _UNMETERED or path.startswith(_PAGE)
-
-
-def _address(scope: Scope) -> str:
-    """The client's address; of IPv6 the first half, since a client has all of the other."""
-    client = scope.get("client")
-    host = str(client[0]) if client else ""
-    try:
-        address = ipaddress.ip_address(host)
-    except ValueError:
-        return host
-    if address.version == 4:
-        return host
-    return str(ipaddress.ip_network((int(address) >> 64 << 64, 64)))

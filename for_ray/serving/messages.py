@@ -80,6 +80,9 @@ class QuestionBody(_Message):
     fold_at: Fraction | None = Field(None, description="images as similar as this are one hit")
     unwanted_above: Cosine | None = Field(None, description="cosine from which an image shows what NOT names")
     page: Line | None = Field(None, max_length=1000, description="`next_page` of the answer before")
+    snapshot_id: int | None = Field(
+        None, strict=True, ge=1, lt=1 << 53, description="that has to answer; the current one where left out"
+    )
 
     def question(self) -> Question:
         """As the index takes it.
@@ -231,8 +234,9 @@ class AboutBody(BaseModel):
 class HealthBody(BaseModel):
     """Whether questions are answered; `stale` says why a newer snapshot could not be taken."""
 
-    status: Literal["ok"]
+    status: Literal["ok", "unwell"]
     snapshot_id: int
+    age_seconds: int
     stale: str | None
 
 

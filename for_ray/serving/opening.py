@@ -25,6 +25,7 @@ class Served:
         index_uri: A folder or `s3://bucket/prefix`.
         encoder: That every snapshot must have been made with; None for any.
         refresh_seconds: How often to look for another snapshot.
+        grace_seconds: For which the snapshot before stays open after a switch, for the pages of its answers.
         device: Where questions are encoded: `auto`, `cpu`, `cuda`.
         cache_path: Where segments of a bucket are kept; the user's cache folder where None.
         num_shards: Ray actors that the segments are shared out among; this process alone where None.
@@ -37,6 +38,7 @@ class Served:
     index_uri: str
     encoder: str | None = None
     refresh_seconds: float = 10.0
+    grace_seconds: float = 300.0
     device: str = "cpu"
     cache_path: Path | None = None
     num_shards: int | None = None
@@ -65,7 +67,10 @@ class Served:
         """
         layout = Layout(storage.canonical_uri(self.index_uri))
         current = Current(
-            self._open_snapshot, partial(_latest_id, layout), refresh_seconds=self.refresh_seconds
+            self._open_snapshot,
+            partial(_latest_id, layout),
+            refresh_seconds=self.refresh_seconds,
+            grace_seconds=self.grace_seconds,
         )
         return Service(
             layout.index_uri.rstrip("/").rpartition("/")[2],

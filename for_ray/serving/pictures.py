@@ -95,12 +95,13 @@ def read_image(image: StoredImage) -> bytes:
         Refusal: It is gone, or was changed since.
         StorageError: The store refused.
     """
-    with _as_indexed(image):
+    with as_indexed(image):
         return storage.read_image(image.uri, image.etag)
 
 
 @contextmanager
-def _as_indexed(image: StoredImage) -> Iterator[None]:
+def as_indexed(image: StoredImage) -> Iterator[None]:
+    """What the store says of an image that is gone, or was changed since, as a refusal."""
     uri = storage.shown(image.uri)
     found = "since the index was built: run jobs/index.py again"
     try:
@@ -125,7 +126,7 @@ def presigned_url(image: StoredImage) -> str:
         raise Refusal(400, "request", f"{uri} lies on disk: ask without redirect")
     if ".tar#" in image.uri.lower():
         raise Refusal(400, "request", f"{uri} lies inside a tar: ask without redirect")
-    with _as_indexed(image):
+    with as_indexed(image):
         entry = storage.stat(image.uri)
         if image.etag and image.etag != entry.etag:
             raise storage.ObjectChanged(uri)
@@ -136,8 +137,8 @@ def presigned_url(image: StoredImage) -> str:
     return str(client.generate_presigned_url("get_object", Params=request, ExpiresIn=REDIRECT_SECONDS))
 
 
-def thumbnail_key(image: StoredImage, side: int) -> str:
-    """The same for the same picture: what browsers and the memory keep thumbnails by."""
+def image_key(image: StoredImage, side: int | None = None) -> str:
+    """The same for the same picture, or a thumbnail of it: what browsers and the memory keep them by."""
     return hashlib.sha256(repr((image.uri, image.etag, side)).encode("utf-8", "replace")).hexdigest()[:32]
 
 

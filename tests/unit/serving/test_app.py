@@ -72,6 +72,38 @@ def test_a_page_of_another_snapshot_is_told_apart(client: TestClient) -> None:
     assert (refused.status_code, refused.json()["code"]) == (400, "request")
 
 
+def test_a_question_names_the_snapshot_that_answers(client: TestClient) -> None:
+    body = {"text": "a dog", "k": 3}
+    plain = client.post("/search", json=body).json()
+    named = client.post("/search", json={**body, "snapshot_id": 1}).json()
+    assert named["hits"] == plain["hits"]
+    for path, given in (
+        ("/search", {**body, "snapshot_id": 7}),
+        ("/search", {"like": "2", "snapshot_id": 7}),
+        ("/export", {"format": "csv", "question": {**body, "snapshot_id": 7}}),
+        ("/export", {"format": "csv", "question": {**body, "snapshot_id": 7}, "image_ids": [1]}),
+    ):
+        refused = client.post(path, json=given)
+        assert (refused.status_code, refused.json()["code"]) == (409, "snapshot_changed"), path
+        assert "snapshot 7 is asked for, and snapshot 1 is served now" in refused.json()["error"]
+    both = client.post("/search", json={**body, "page": plain["next_page"], "snapshot_id": 7})
+    assert (both.status_code, both.json()["code"]) == (400, "request")
+    assert "leave snapshot_id out" in both.json()["error"]
+    again = client.post("/search", json={**body, "page": plain["next_page"], "snapshot_id": 1})
+    assert ids(again.json()) == [3, 5, 6]
+    for wrong in (0, -1, 1.5, "1", 1 << 60):
+        assert client.post("/search", json={**body, "snapshot_id": wrong}).status_code == 400
+
+
+@pytest.mark.parametrize("form", ["csv", "jsonl", "coco"])
+def test_an_exported_file_says_of_which_snapshot_it_is(client: TestClient, form: str) -> None:
+    asked = {"format": form, "question": {"text": "a dog", "snapshot_id": 1}}
+    answer = client.post("/export", json=asked)
+    assert answer.headers["for-ray-snapshot"] == "1"
+    if form == "coco":
+        assert answer.json()["info"]["snapshot_id"] == 1
+
+
 def test_filters_thresholds_and_pictures(client: TestClient, served: Served) -> None:
     def asked(**body: Any) -> list[int]:
         return ids(client.post("/search", json=body).json())
@@ -164,7 +196,11 @@ def test_about_snapshots_and_health(client: TestClient, served: Served) -> None:
             "vectors": 24, "recall": None,
         }
     ]  # fmt: skip
-    assert client.get("/healthz").json() == {"status": "ok", "snapshot_id": 1, "stale": None}
+    health = client.get("/healthz")
+    assert health.status_code == 200
+    told = health.json()
+    assert told.pop("age_seconds") > 0  # of a snapshot of 2026-01-01
+    assert told == {"status": "ok", "snapshot_id": 1, "stale": None}
 
 
 def test_the_page_and_its_files(client: TestClient) -> None:

@@ -76,7 +76,9 @@ def test_coco_has_boxes_in_pixels() -> None:
             "iscrowd": 0, "score": 0.5,
         },
     ]  # fmt: skip
-    assert coco["info"] == {"description": "hits of snapshot 3", "images_without_size": 1}
+    assert coco["info"] == {
+        "description": "hits of snapshot 3", "snapshot_id": 3, "images_without_size": 1,
+    }  # fmt: skip
 
 
 def test_coco_of_a_picture_has_one_category() -> None:

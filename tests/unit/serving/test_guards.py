@@ -9,7 +9,7 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.testclient import TestClient
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from for_ray.serving import guards
+from for_ray.serving import bounds, guards
 
 
 async def echo(scope: Scope, receive: Receive, send: Send) -> None:
@@ -89,7 +89,7 @@ JSON = (b"content-type", b"application/json")
 def test_bodies_are_counted(
     headers: list[tuple[bytes, bytes]], chunks: tuple[bytes, ...], status: int
 ) -> None:
-    app = guards.Headers(guards.Bodies(echo, 10), lambda *_: None)
+    app = guards.Headers(bounds.Bodies(echo, 10), lambda *_: None)
     assert status_of(app, headers=[JSON, *headers], chunks=chunks) == status
 
 
@@ -101,7 +101,7 @@ def test_a_body_that_is_too_long_is_not_read_on() -> None:
             read.append(b"x")
             yield b"x" * 4
 
-    app = guards.Headers(guards.Bodies(echo, 10), lambda *_: None)
+    app = guards.Headers(bounds.Bodies(echo, 10), lambda *_: None)
     parts = endless()
 
     async def receive() -> Message:
@@ -115,7 +115,7 @@ def test_a_body_that_is_too_long_is_not_read_on() -> None:
 
 
 def test_bodies_that_are_held_have_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(guards, "BODIES_HELD", 2)
+    monkeypatch.setattr(bounds, "BODIES_HELD", 2)
     inner: list[int] = []
 
     async def nested(scope: Scope, receive: Receive, send: Send) -> None:
@@ -125,7 +125,7 @@ def test_bodies_that_are_held_have_a_bound(monkeypatch: pytest.MonkeyPatch) -> N
             inner.append(await answer_of(app, b"x" * len(body)))
         await PlainTextResponse("held")(scope, receive, send)
 
-    app = guards.Headers(guards.Bodies(nested, 10), lambda *_: None)
+    app = guards.Headers(bounds.Bodies(nested, 10), lambda *_: None)
     statuses = [anyio.run(answer_of, app, b"x" * 10) for _ in range(2)]
     assert inner == [503, 200] * 2  # the third does not fit; all is given back when they end
     assert statuses == [200, 200]
@@ -155,7 +155,7 @@ async def answer_of(app: ASGIApp, body: bytes) -> int:
     ],
 )  # fmt: skip
 def test_other_sites_cannot_post(kind: str, status: int) -> None:
-    client = guarded(guards.Bodies(echo, 10))
+    client = guarded(bounds.Bodies(echo, 10))
     assert client.post("/", content=b"{}", headers={"Content-Type": kind}).status_code == status
 
 
@@ -171,7 +171,7 @@ class Clock:
 
 def test_rates_refill_and_are_of_each_address() -> None:
     clock = Clock()
-    rates = guards.Rates(echo, 2.0, clock)  # 8 at once
+    rates = bounds.Rates(echo, 2.0, clock)  # 8 at once
     assert [rates.wait("a", 1.0) for _ in range(8)] == [0.0] * 8
     assert rates.wait("a", 1.0) == pytest.approx(0.5)
     assert rates.wait("b", 1.0) == 0.0
@@ -184,8 +184,8 @@ def test_rates_refill_and_are_of_each_address() -> None:
 
 
 def test_addresses_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(guards, "ADDRESSES_KEPT", 3)
-    rates = guards.Rates(echo, 1.0, Clock())
+    monkeypatch.setattr(bounds, "ADDRESSES_KEPT", 3)
+    rates = bounds.Rates(echo, 1.0, Clock())
     for address in "abcdea":
         rates.wait(address, 1.0)
     assert list(rates._levels) == ["d", "e", "a"]
@@ -195,7 +195,7 @@ def test_rates_over_http() -> None:
     def client(address: str) -> TestClient:
         return TestClient(app, "http://localhost", client=(address, 1))
 
-    app = guards.Headers(guards.Rates(echo, 0.5, Clock()), lambda *_: None)  # 2 at once
+    app = guards.Headers(bounds.Rates(echo, 0.5, Clock()), lambda *_: None)  # 2 at once
     assert [client("1.2.3.4").get("/search").status_code for _ in range(3)] == [200, 200, 429]
     refused = client("1.2.3.4").get("/search")
     assert (refused.json()["code"], refused.headers["retry-after"]) == ("rate", "2")
@@ -206,7 +206,7 @@ def test_rates_over_http() -> None:
     # Of IPv6, a client has as many addresses as it likes below one /64.
     assert [client(f"2001:db8::{n}").get("/search").status_code for n in range(1, 4)] == [200, 200, 429]
     assert client("2001:db8:0:1::1").get("/search").status_code == 200
-    free = guards.Headers(guards.Rates(echo, 0.0, Clock()), lambda *_: None)
+    free = guards.Headers(bounds.Rates(echo, 0.0, Clock()), lambda *_: None)
     assert {TestClient(free, "http://localhost").get("/search").status_code for _ in range(50)} == {200}
 
 
@@ -243,8 +243,33 @@ def test_tokens(headers: dict[str, str | bytes], status: int) -> None:
 def test_sessions_do_not_tell_the_token() -> None:
     session = guards.session_of(TOKEN)
     assert TOKEN not in session
-    assert len(session) == 64
-    assert session != guards.session_of(TOKEN + "x")
+    assert session.partition(".")[2] != guards.session_of(TOKEN + "x").partition(".")[2]
+
+
+def test_sessions_end() -> None:
+    session = guards.session_of(TOKEN, now=lambda: 1000.9)
+    end = 1000 + guards.SESSION_SECONDS
+    assert guards.is_session(session, TOKEN, now=lambda: end - 0.5)
+    assert not guards.is_session(session, TOKEN, now=lambda: end)
+    assert not guards.is_session(session, TOKEN + "x", now=lambda: 1000)
+    proof = session.partition(".")[2]
+    others = (
+        f"{end + 1}.{proof}",
+        f"{end}",
+        f"{end}.",
+        f"-1.{proof}",
+        f"{'9' * 5000}.{proof}",
+        f"{end}.é",
+        "",
+    )
+    for other in others:
+        assert not guards.is_session(other, TOKEN, now=lambda: 1000), other[:50]
+    assert (
+        guarded(guards.Tokens(echo, TOKEN))
+        .get("/search", headers={"Cookie": f"{guards.COOKIE}={session}"})
+        .status_code
+        == 401
+    )  # it ended in 1970
 
 
 @pytest.mark.parametrize("fails", [ValueError("secret"), RecursionError()])

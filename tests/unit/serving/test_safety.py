@@ -80,7 +80,7 @@ def test_a_session_is_a_cookie_for_the_token(served: Served) -> None:
     signed_in = client.post("/session", json={"token": TOKEN})
     assert signed_in.status_code == 204
     cookie = signed_in.headers["set-cookie"]
-    for part in ("HttpOnly", "SameSite=strict", "Path=/"):
+    for part in ("HttpOnly", "SameSite=strict", "Path=/", f"Max-Age={guards.SESSION_SECONDS}"):
         assert part in cookie
     assert TOKEN not in cookie
     assert client.get("/about").status_code == 200
@@ -309,11 +309,15 @@ def test_no_request_opens_a_file_or_url(
     from for_ray import storage
 
     read: list[str] = []
-    monkeypatch.setattr(storage, "read_image", lambda uri, etag: read.append(uri) or b"")
+    read_image, read_bytes = storage.read_image, storage.read_bytes
+    monkeypatch.setattr(storage, "read_image", lambda uri, etag: read.append(uri) or read_image(uri, etag))
+    monkeypatch.setattr(
+        storage, "read_bytes", lambda uri, **what: read.append(uri) or read_bytes(uri, **what)
+    )
     for body in (
         {"text": "/etc/passwd"}, {"text": "a", "filters": {"under": "/etc"}}, {"image": "/etc/passwd"},
         {"text": "a", "filters": {"under": "s3://bucket/x"}}, {"image": "http://evil.example/x.png"},
-        {"like": "/etc/passwd"}, {"text": "file:///etc/passwd"},
+        {"like": "/etc/passwd"}, {"text": "file:///etc/passwd"}, {"like": "0", "region": (0, 0, 1, 1)},
     ):  # fmt: skip
         client.post("/search", json=body)
     assert read == []
