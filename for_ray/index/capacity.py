@@ -14,6 +14,7 @@ from for_ray.errors import ConfigError
 from for_ray.index.plan import (
     DEFAULT_MEMORY_BYTES,
     DEFAULT_TARGET_RECALL,
+    KMEANS_ROUNDS,
     RECALL_BY_BITS,
     IndexPlan,
     bits_of,
@@ -23,7 +24,6 @@ from for_ray.index.plan import (
 from for_ray.index.rates import (
     BOX_BYTES,
     KMEANS_FLOP_PER_SECOND,
-    KMEANS_ROUNDS,
     MERGE_SECONDS_PER_BYTE,
     SCAN_SECONDS_PER_VALUE,
     TABLE_BYTES_PER_IMAGE,

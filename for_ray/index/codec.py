@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from for_ray.errors import ConfigError, DataError
-from for_ray.index.plan import IndexPlan
+from for_ray.index.plan import KMEANS_ROUNDS, IndexPlan
 from for_ray.schema import Codec
 
 
@@ -48,7 +48,7 @@ def train_codec(sample: NDArray[np.float32], plan: IndexPlan, *, threads: int) -
     faiss.omp_set_num_threads(threads)
     index = faiss.index_factory(plan.dim, plan.factory, faiss.METRIC_INNER_PRODUCT)
     ivf = faiss.extract_index_ivf(index)
-    ivf.cp.spherical = True
+    ivf.cp.spherical, ivf.cp.niter = True, KMEANS_ROUNDS
     ivf.cp.min_points_per_centroid = 1  # the plan sees to enough; else FAISS warns on stderr, unasked
     on_gpu = _cluster_on_gpu(ivf)
     try:

@@ -11,9 +11,6 @@ from for_ray.index.plan import IndexPlan, bits_of
 KMEANS_FLOP_PER_SECOND = 1.1e11
 """2 · vectors · lists · D for each round of k-means, and for finding a vector's list by a flat quantizer."""
 
-KMEANS_ROUNDS = 10
-"""FAISS's `ClusteringParameters.niter` of an inverted file."""
-
 CODE_SECONDS_PER_VALUE = {1: 1.7e-8, 2: 6.8e-8, 3: 1.1e-7, 4: 1.2e-7, 6: 1.9e-7, 8: 4.5e-7}
 """To rotate a value and encode it, by RaBitQ's bits."""
 

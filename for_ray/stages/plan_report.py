@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TextIO
 
 from for_ray.index.capacity import MOST_TASK_CPUS, PROCESS_BYTES, TABLE_CACHE_BYTES, Capacity
-from for_ray.index.rates import KMEANS_ROUNDS
+from for_ray.index.plan import KMEANS_ROUNDS
 from for_ray.reports.page import shown_bytes
 
 

@@ -112,7 +112,7 @@ def test_a_billion_vectors_by_hand():
     assert found.build_cores == 4 * 16
     turns = 6 * found.plan.vectors_per_segment
     assert found.build_hours == pytest.approx(turns * per_vector / 4 / 3600)
-    rounds = 2 * 2_097_152 * 32768 * 128 * 10
+    rounds = 2 * 2_097_152 * 32768 * 128 * 6
     assert found.train_hours == pytest.approx(rounds / (4 * rates.KMEANS_FLOP_PER_SECOND) / 3600)
     assert found.vectors_per_query == math.ceil(10**9 * 182 / 32768)
 
