@@ -55,10 +55,10 @@ export class Exporting extends EventTarget {
     return this.#results.question.fold_at ? MOST_FOLDED : MOST;
   }
 
-  /** The body of POST /export: the question, as deep as what is exported lies. */
+  /** The body of POST /export: the question, as deep as what is exported lies, to the snapshot that answered it. */
   #body() {
     const { what, count, format } = this.#form.elements;
-    const { question } = this.#results;
+    const question = { ...this.#results.question, snapshot_id: this.#results.answer.snapshot_id };
     if (what.value === "selected") {
       const ids = this.#selection.ids;
       return { format: format.value, question: { ...question, k: Math.max(this.#results.hits.length, 1) }, image_ids: ids };
