@@ -311,8 +311,13 @@ def test_phone(open_tab: Any) -> None:
     assert tab.page.evaluate(wide) is False
     tab.open(
         "?q=a+keyboard+AND+a+very+long+name+that+goes+on+and+on&where=width+%3E+0+AND+height+%3E+0&glob=*.jpg"
+        "#sel=123456"
     )
     assert tab.page.evaluate(wide) is False
+    bar = tab.page.locator("#selection").bounding_box()
+    assert bar["x"] >= 0
+    assert bar["x"] + bar["width"] <= 390
+    assert tab.page.locator("#select-none").bounding_box()["x"] < 320
     boxes = [tab.tiles.nth(rank).bounding_box() for rank in range(4)]
     assert all(box["x"] >= 0 and box["x"] + box["width"] <= 390 and box["width"] > 80 for box in boxes)
     assert tab.page.locator(".hit .caption b").first.is_visible()  # no hovering here
