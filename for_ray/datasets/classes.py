@@ -30,7 +30,8 @@ IMAGE_ENDINGS = (
 def read_class_folders(folder: str, split: Split | None, *, name: str) -> LabelledImages:
     """Images in folders that are called like their classes; underscores in names become spaces.
 
-    Files that lie directly in `folder` have no class and are left out.
+    Files that lie directly in `folder` have no class and are left out. Two folders whose names become one are
+    refused.
 
     Args:
         folder: A path or `s3://bucket/prefix`.
@@ -39,17 +40,24 @@ def read_class_folders(folder: str, split: Split | None, *, name: str) -> Labell
 
     Raises:
         ConfigError: The split does not fit.
-        DataError: There is no image in a folder of a class.
+        DataError: There is no image in a folder of a class, or two folders are called like one class.
         StorageError: The store refused.
     """
     root = canonical_uri(folder)
     uris, labels = [], []
+    folders: dict[str, str] = {}
     for page in list_objects(root):
         for entry in page:
             parts = entry.uri.removeprefix(f"{root}/").split("/")
             if len(parts) > 1 and entry.uri.lower().endswith(IMAGE_ENDINGS):
                 uris.append(entry.uri)
                 labels.append(spaced(parts[0]))
+                if (other := folders.setdefault(labels[-1], parts[0])) != parts[0]:
+                    one, two = sorted((other, parts[0]))
+                    raise DataError(
+                        f"{shown(root)}: the folders {one!r} and {two!r} are both called like the class "
+                        f"{labels[-1]!r}: rename or join them"
+                    )
     if not uris:
         raise DataError(f"{shown(root)} has no images in folders of classes: expected DIR/CLASS/IMAGE.jpg")
     return _labelled(uris, labels, split, name=name, images_uri=root)

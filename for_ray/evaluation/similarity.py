@@ -14,6 +14,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from for_ray.evaluation.ranking import rank_images
+
 NEIGHBOURS = 21
 """k of the k-NN classification (§4)."""
 
@@ -137,7 +139,7 @@ def knn_accuracy(
     for first, scores in image_scores(images, held):
         if own:
             scores[np.arange(len(scores)), first + np.arange(len(scores))] = -np.inf
-        order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+        order = rank_images(scores, k)
         weights = np.take_along_axis(scores, order, axis=1).clip(0).astype(np.float64)
         for row, (near, weight) in enumerate(zip(order, weights, strict=True)):
             votes = np.bincount(held_classes[near], weights=weight, minlength=num_classes)
@@ -174,8 +176,9 @@ def text_to_image(
     by_caption = np.argsort(captions, kind="stable")
     asked, starts = np.unique(captions[by_caption], return_index=True)
     best = np.empty(len(asked), np.int64)
-    rank = np.empty(scores.shape[1], np.int64)
     for row, own in enumerate(np.split(images[by_caption], starts[1:])):
-        rank[np.argsort(-scores[asked[row]], kind="stable")] = np.arange(scores.shape[1])
-        best[row] = rank[own].min()
+        values = scores[asked[row]]
+        own = np.sort(own)
+        first = own[np.argmax(values[own])]  # of equal ones the lower
+        best[row] = (values > values[first]).sum() + (values[:first] == values[first]).sum()
     return [float((best < k).mean()) for k in ranks]

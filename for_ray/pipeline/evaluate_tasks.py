@@ -134,6 +134,8 @@ class TaskRun:
         with progress.stage("read", unit="images") as update:
             self._images = open_images(settings)
             update(len(self._images.uris))
+        if isinstance(self._images, CaptionedImages):
+            progress.say(self._images.describe())
         self._gallery: ClassImages | None = None
         if settings.gallery is not None:
             self._gallery = ClassImages.of(open_dataset(settings.gallery), why="--gallery")

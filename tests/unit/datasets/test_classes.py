@@ -44,6 +44,14 @@ def test_the_first_folder_is_the_class(tmp_path):
     assert classes_of(images, why="a test").tolist() == [0, 1, 1]
 
 
+def test_two_folders_of_one_name_are_not_joined_in_silence(tmp_path):
+    for name in ("hot dog/a.png", "hot_dog/b.png"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).touch()
+    with pytest.raises(DataError, match="'hot dog' and 'hot_dog' are both called like the class 'hot dog'"):
+        open_dataset(f"folder:{tmp_path}")
+
+
 def test_a_folder_without_folders_of_images_is_refused(tmp_path):
     (tmp_path / "a.jpg").touch()
     with pytest.raises(DataError, match="no images in folders of classes"):

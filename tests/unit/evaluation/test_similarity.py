@@ -143,3 +143,14 @@ def test_text_to_image_by_plain_loops():
     mixed = rng.permutation(len(owners))
     found = text_to_image(scores, of_image.values[mixed], owners[mixed], (1, 3, 5))
     assert found == pytest.approx(expected)
+
+
+def test_of_equal_neighbours_the_first_vote():
+    gallery, classes = singles(np.ones((6, 1), np.float32)), np.array([2, 2, 1, 1, 1, 0])
+    asked = singles(np.ones((1, 1), np.float32))
+
+    def right(own: int, k: int) -> float:
+        return knn_accuracy(asked, np.array([own]), gallery=gallery, gallery_classes=classes, k=k)
+
+    assert [right(2, k) for k in (1, 2, 3, 4, 5)] == [1, 1, 1, 0, 0]  # two of 2, then as many of 1: the lower
+    assert right(1, 5) == 1
