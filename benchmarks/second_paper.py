@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -29,6 +30,8 @@ from for_ray.datasets.instances import write_instances
 from for_ray.datasets.picturebook import write_picturebook
 from for_ray.errors import ForRayError
 from for_ray.model.bundle import open_bundle
+from for_ray.model.encoder import load_encoder
+from for_ray.pipeline.evaluate import run_evaluate
 from for_ray.pipeline.evaluate_tasks import run_task
 from for_ray.pipeline.pseudo_caption import run_pseudo_caption
 from for_ray.pipeline.tower_tuning import make_tower_job
@@ -39,6 +42,7 @@ from for_ray.stages.tower_run import tune_here
 QUIET = Progress(is_quiet=True)
 VIEWS = 8
 VAL_THINGS, VAL_PAGES = 100, 400
+COUNTED = 100  # pages, for the number of vectors that an image has
 
 THRESHOLD = 0.62
 """Of pseudo-captions. The tiny tower's cosines lie higher than CLIP's, where it is 0.27: captions that were
@@ -47,6 +51,7 @@ written for an image have 0.52 to 0.72."""
 TUNED = {"lr": 1e-4, "epochs": 4, "batch_size": 64}
 """The tiny tower takes larger steps than ViT-L, whose learning rate is 1e-6."""
 
+CAPTIONED = TUNED | {"caption_threshold": THRESHOLD}
 ALIGNED = {"lr": 2e-4, "epochs": 8, "batch_size": 128}
 
 
@@ -59,20 +64,29 @@ class Row:
         recipe: What tunes it.
         begins: The row that it begins with; None: the encoder as it is.
         settings: Besides those of all.
+        is_ablation: It is trained once, with the first seed.
     """
 
     name: str
     recipe: str
     begins: str | None = None
     settings: dict[str, Any] = field(default_factory=dict)
+    is_ablation: bool = False
+
+
+def _weights(classes: float, captions: float) -> dict[str, float]:
+    return {"gamma_classes": classes, "gamma_captions": captions}
 
 
 ROWS = (
     Row("GPR-FT", "gpr", None, TUNED),
     Row("GPR-FT + Re-A", "realign", "GPR-FT", ALIGNED),
-    Row("MCIP", "mcip", None, TUNED | {"caption_threshold": THRESHOLD}),
+    Row("MCIP", "mcip", None, CAPTIONED),
     Row("MCIP + Re-A", "realign", "MCIP", ALIGNED),
+    Row("MCIP, λ₂ a third of λ₁", "mcip", None, CAPTIONED | _weights(0.75, 0.25), True),
+    Row("MCIP, λ₂ thrice λ₁", "mcip", None, CAPTIONED | _weights(0.25, 0.75), True),
 )
+"""The last two say what classes and captions do against each other."""
 
 MEASURES = (
     ("image-to-image", "mAP", "image-to-image mAP"),
@@ -80,6 +94,10 @@ MEASURES = (
     ("zero-shot", "accuracy", "zero-shot accuracy"),
     ("text-to-image", "R@5", "text-to-image R@5"),
 )
+"""Tasks, what is taken of them, and the columns; the mean is of these."""
+
+OBJECTS = "retrieval"
+"""The first paper's task, beside them: pages by the names of what is on them, mAP@50 of all categories."""
 
 
 class Bench:
@@ -88,6 +106,7 @@ class Bench:
     def __init__(self, options: argparse.Namespace) -> None:
         self._options, self._out = options, Path(options.out)
         self._results_path = self._out / "results.jsonl"
+        self._stored: dict[str, float] = {}
 
     def run(self) -> list[dict[str, Any]]:
         """All results, those that were there before first."""
@@ -102,10 +121,12 @@ class Bench:
         run_pseudo_caption(self._caption_settings(), progress=Progress())
         self._measure("as pre-trained", 0, f"{self._options.encoder}#clip", done)
         for place in self._options.bundles:
-            self._measure(Path(place).name, 0, place, done)
+            self._measure(f"FOR, {open_bundle(place).num_slots} slots", 0, place, done)
         for seed in range(self._options.seeds):
             bundles: dict[str | None, str] = {None: self._options.encoder}
             for row in ROWS:
+                if row.is_ablation and seed:
+                    continue
                 bundles[row.name] = self._tune(row, seed, bundles[row.begins])
                 self._measure(row.name, seed, bundles[row.name], done)
 
@@ -129,7 +150,7 @@ class Bench:
 
     def _tune(self, row: Row, seed: int, begins: str) -> str:
         """The bundle of a row."""
-        bundle_uri = f"{self._out}/{row.name.replace(' ', '')}-{seed}/bundle"
+        bundle_uri = f"{self._out}/{re.sub(r'[^A-Za-z0-9]+', '-', row.name)}-{seed}/bundle"
         if Path(bundle_uri, "encoder.toml").exists():
             return bundle_uri
         data = {"dataset": f"labels:{self._out}/things-train/labels.csv"}
@@ -147,19 +168,35 @@ class Bench:
         return bundle_uri
 
     def _measure(self, name: str, seed: int, encoder: str, done: Sequence[dict[str, Any]]) -> None:
-        for task, measure, _ in MEASURES:
+        for task, measure in (*((task, measure) for task, measure, _ in MEASURES), (OBJECTS, "map50")):
             key = {"name": name, "seed": seed, "task": task}
             if any(key.items() <= each.items() for each in done):
                 continue
-            things, pages = (f"{self._out}/{kind}-val" for kind in ("things", "pages"))
-            dataset = f"picturebook:{pages}" if task == "text-to-image" else f"labels:{things}/labels.csv"
-            # Seven of eight views of a thing can be neighbours: 21 would outvote them.
-            more = {"neighbours": VIEWS - 1} if task == "knn" else {}
-            settings = EvaluateSettings(dataset=dataset, task=task, encoder=encoder, **more)
-            found = run_task(settings, progress=QUIET).to_json()
+            value = self._value(encoder, task, measure)
             with self._results_path.open("a", encoding="utf-8") as file:
-                value = {"value": found[measure], "vectors": found["num_slots"]}
-                file.write(json.dumps(key | value) + "\n")
+                file.write(json.dumps(key | {"value": value, "vectors": self._num_stored(encoder)}) + "\n")
+
+    def _value(self, encoder: str, task: str, measure: str) -> float:
+        things, pages = f"labels:{self._out}/things-val/labels.csv", f"picturebook:{self._out}/pages-val"
+        if task == OBJECTS:
+            settings = EvaluateSettings(dataset=pages, encoder=encoder)
+            return float(run_evaluate(settings, progress=QUIET).to_json()[measure]["all"])
+        # Seven of eight views of a thing can be neighbours: 21 would outvote them.
+        more = {"neighbours": VIEWS - 1} if task == "knn" else {}
+        dataset = pages if task == "text-to-image" else things
+        settings = EvaluateSettings(dataset=dataset, task=task, encoder=encoder, **more)
+        return float(run_task(settings, progress=QUIET).to_json()[measure])
+
+    def _num_stored(self, encoder: str) -> float:
+        """Vectors an image that an index stores: the mean over `COUNTED` pages."""
+        if encoder not in self._stored:
+            uri, _, head = encoder.partition("#")
+            loaded = load_encoder(open_bundle(uri, head=head or None), "cpu")
+            pages = sorted(Path(self._out, "pages-val", "images").iterdir())[:COUNTED]
+            self._stored[encoder] = float(
+                np.mean([len(loaded.embed_image(each.read_bytes())) for each in pages])
+            )
+        return self._stored[encoder]
 
     def _read(self) -> list[dict[str, Any]]:
         if not self._results_path.exists():
@@ -169,13 +206,16 @@ class Bench:
 
 def table(results: Sequence[dict[str, Any]]) -> str:
     """Mean over the seeds, ± half their range."""
-    lines = ["| | vectors | " + " | ".join(title for _, _, title in MEASURES) + " | mean |"]
-    lines.append("| --- " * (len(MEASURES) + 3) + "|")
+    lines = ["| | vectors | " + " | ".join(title for _, _, title in MEASURES)]
+    lines[0] += " | mean of these | objects mAP@50 |"
+    lines.append("| --- " * (len(MEASURES) + 4) + "|")
     for name, found in _by_name(results).items():
         cells = [_cell(found[task]) for task, _, _ in MEASURES]
         vectors = next(each["vectors"] for each in results if each["name"] == name)
         mean = float(np.mean([np.mean(found[task]) for task, _, _ in MEASURES]))
-        lines.append(f"| {name} | {vectors} | {' | '.join(cells)} | {100 * mean:.1f} |")
+        lines.append(
+            f"| {name} | {vectors:.3g} | {' | '.join(cells)} | {100 * mean:.1f} | {_cell(found[OBJECTS])} |"
+        )
     return "\n".join(lines) + "\n"
 
 
