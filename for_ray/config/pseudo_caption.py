@@ -14,7 +14,9 @@ class PseudoCaptionSettings(Settings):
     """Give each image of a data set the nearest captions of a large set, for jobs/finetune.py --recipe mcip.
 
     The captions are embedded as they stand, and indexed; each image looks there for its nearest, which are
-    then compared exactly. Captions under the threshold do not count: an image may have none.
+    then compared exactly. Captions under the threshold do not count: an image may have none. The captions'
+    vectors are kept: the same captions and encoder again, for other images or another threshold, need not be
+    embedded again.
 
     Settings come from flags over FOR_RAY_… variables over the --config file over the defaults. Exit code 0:
     done, or done before; 2: the settings, the data or the store are at fault, or no caption is over the
@@ -36,7 +38,15 @@ class PseudoCaptionSettings(Settings):
         min_length=1,
         description="a bundle, or open_clip:MODEL@PRETRAINED: that is tuned later",
     )
-    output: str = Field(min_length=1, description="where the table goes: a folder or s3://bucket/prefix")
+    output: str = Field(
+        min_length=1,
+        description="where the table goes: a folder that all workers reach, or s3://bucket/prefix",
+    )
+    vectors: str | None = Field(
+        None,
+        min_length=1,
+        description="where the captions' vectors are kept and looked for, as --output; default: in that",
+    )
     threshold: float = Field(0.27, ge=-1, le=1, description="captions with a lower cosine do not count")
     captions_per_image: int = Field(20, ge=1, le=1000, description="the nearest captions, at most")
     image_size: int | None = Field(

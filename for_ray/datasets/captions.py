@@ -7,23 +7,28 @@ Alone, by the end of the file's name:
     FILE.parquet    a column `caption`
     FILE.jsonl      as the picture book writes it: lines with `captions`, a list
 
+Such a set may be large: `CaptionStream` reads it block by block.
+
 With images, by one word: `pairs:FILE.csv|.tsv|.parquet` with columns `uri` and `caption`, an image as often
 as it has captions; or `picturebook:DIR`. Empty captions are left out, repeated ones count once, and of one
-that is longer than `MAX_CHARACTERS` the rest is cut off; each is counted and told.
+that is longer than `MAX_CHARACTERS` the rest is cut off; pairs without a uri are left out. Each is counted
+and told.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from for_ray.datasets.labelled import Ragged
-from for_ray.datasets.tables import beside, parquet_table, read_columns, read_lines
+from for_ray.datasets.tables import beside, read_columns, stream_column, stream_lines
 from for_ray.errors import ConfigError, DataError
 from for_ray.storage import canonical_uri, exists, join_uri, shown
 
@@ -33,30 +38,58 @@ MAX_CHARACTERS = 2000
 PAIR_FORMS = "pairs:FILE.csv|.tsv|.parquet, picturebook:DIR"
 
 
-@dataclass(frozen=True)
-class Captions:
-    """A set of captions.
+@dataclass
+class CaptionCounts:
+    """What became of the captions that were given.
 
     Attributes:
-        texts: Distinct, not empty, one line each; in the order of their first places.
         num_given: Lines or rows of the file.
+        num_distinct: That are taken.
         num_empty: That were empty, and left out.
         num_repeated: That were there before, and left out.
         num_cut: That were too long.
     """
 
-    texts: tuple[str, ...]
-    num_given: int
-    num_empty: int
-    num_repeated: int
-    num_cut: int
+    num_given: int = 0
+    num_distinct: int = 0
+    num_empty: int = 0
+    num_repeated: int = 0
+    num_cut: int = 0
 
     def describe(self) -> str:
         """One line."""
         return (
-            f"{len(self.texts):,} captions ({self.num_empty:,} empty and {self.num_repeated:,} repeated ones "
-            f"left out, {self.num_cut:,} cut to {MAX_CHARACTERS:,} characters)"
+            f"{self.num_distinct:,} captions ({self.num_empty:,} empty and {self.num_repeated:,} repeated "
+            f"ones left out, {self.num_cut:,} cut to {MAX_CHARACTERS:,} characters)"
         )
+
+    def clean(self, given: Iterable[str | None]) -> list[str]:
+        """The captions as they are taken, "" for an empty one; empty and long ones are counted."""
+        texts = []
+        for each in given:
+            text = " ".join(str(each or "").split())
+            self.num_cut += len(text) > MAX_CHARACTERS
+            texts.append(text[:MAX_CHARACTERS])
+        self.num_given += len(texts)
+        self.num_empty += texts.count("")
+        return texts
+
+
+@dataclass(frozen=True)
+class Captions:
+    """Captions in memory.
+
+    Attributes:
+        texts: Distinct, not empty, one line each; in the order of their first places.
+        counts: What they are of.
+    """
+
+    texts: tuple[str, ...]
+    counts: CaptionCounts
+
+    def describe(self) -> str:
+        """One line."""
+        return self.counts.describe()
 
 
 @dataclass(frozen=True)
@@ -68,12 +101,14 @@ class CaptionedImages:
         uris: Unique uris of the images [B], strings.
         captions: The distinct captions of all images.
         of_image: Which of them each image has; at least one.
+        num_nowhere: Captions that came without a uri, and were left out.
     """
 
     name: str
     uris: pa.ChunkedArray
     captions: Captions
     of_image: Ragged
+    num_nowhere: int = 0
 
     def __len__(self) -> int:
         """B."""
@@ -81,42 +116,80 @@ class CaptionedImages:
 
     def describe(self) -> str:
         """One line."""
-        return f"{self.name}: {len(self):,} images, {self.captions.describe()}"
+        nowhere = f"; {self.num_nowhere:,} rows without a uri left out" if self.num_nowhere else ""
+        return f"{self.name}: {len(self):,} images, {self.captions.describe()}{nowhere}"
 
 
-def read_captions(uri: str) -> Captions:
-    """Read a set of captions.
+class CaptionStream:
+    """A set of captions that need not fit into memory; iterated once, from the file's beginning to its end.
+
+    Gives lists of captions: distinct, not empty, one line each; in the order of their first places. Memory:
+    a block of the file and 8 bytes a caption, twice while they are sorted: 160 MB at 10⁷ captions.
+
+    Args:
+        uri: The file, as this module says.
 
     Raises:
-        DataError: It is no such file, not UTF-8, or holds no caption.
+        DataError: It is no such file; while it is read: it is not UTF-8, or holds no caption.
         StorageError: The store refused.
     """
-    uri = canonical_uri(uri)
+
+    def __init__(self, uri: str) -> None:
+        self._uri = canonical_uri(uri)
+        self.counts = CaptionCounts()
+        self._given = _given_captions(self._uri)
+
+    def __iter__(self) -> Iterator[list[str]]:
+        """List by list; `counts` grow with them."""
+        seen, counts = _Seen(), self.counts
+        for given in self._given:
+            texts = [text for text in counts.clean(given) if text]
+            is_new = seen.add(texts)
+            counts.num_distinct += int(is_new.sum())
+            counts.num_repeated += int((~is_new).sum())
+            yield [text for text, new in zip(texts, is_new.tolist(), strict=True) if new]
+        if not counts.num_distinct:
+            raise DataError(f"{shown(self._uri)} holds no caption: {counts.num_given:,} rows, all empty")
+
+
+class _Seen:
+    """Which texts were there before, by 64 bits of their hashes.
+
+    Two of 10⁷ different texts share these with a probability of 3·10⁻⁶; the later counts as repeated then.
+    """
+
+    def __init__(self) -> None:
+        self._known: list[
+            NDArray[np.uint64]
+        ] = []  # each sorted, and less than half as long as the one before
+
+    def add(self, texts: Sequence[str]) -> NDArray[np.bool_]:
+        """Whether each is new: neither known nor among those before it."""
+        hashed = b"".join(hashlib.blake2b(text.encode(), digest_size=8).digest() for text in texts)
+        hashes = np.frombuffer(hashed, np.uint64)
+        is_new = np.zeros(len(hashes), bool)
+        is_new[np.unique(hashes, return_index=True)[1]] = True
+        for known in self._known:
+            place = np.minimum(np.searchsorted(known, hashes), len(known) - 1)
+            is_new &= known[place] != hashes
+        added = np.sort(hashes[is_new])
+        while len(added) and self._known and len(self._known[-1]) <= 2 * len(added):
+            added = np.sort(np.concatenate([self._known.pop(), added]))
+        self._known += [added] if len(added) else []
+        return is_new
+
+
+def _given_captions(uri: str) -> Iterator[list[str | None]]:
+    """What the file gives, some thousands at a time; the name's end is checked at once."""
     if uri.endswith(".parquet"):
-        given = parquet_table(uri, ["caption"])["caption"].to_pylist()
-    elif uri.endswith(".jsonl"):
-        given = [text for _, texts in _lines_of_book(uri) for text in texts]
-    elif uri.endswith((".txt", ".tsv")):
-        lines = read_lines(uri)
-        given = [line.rpartition("\t")[2] for line in lines] if uri.endswith(".tsv") else lines
-    else:
-        raise DataError(f"captions {shown(uri)} must end with .txt, .tsv, .parquet or .jsonl")
-    captions, _ = clean(given)
-    if not captions.texts:
-        raise DataError(f"{shown(uri)} holds no caption: {captions.num_given:,} rows, all empty")
-    return captions
-
-
-def clean(given: Iterable[str | None]) -> tuple[Captions, list[int]]:
-    """The distinct captions, and for each given one which of them it is, -1 if it is empty."""
-    place: dict[str, int] = {}
-    rows, num_cut = [], 0
-    for each in given:
-        text = " ".join(str(each or "").split())
-        num_cut += len(text) > MAX_CHARACTERS
-        rows.append(place.setdefault(text[:MAX_CHARACTERS], len(place)) if text else -1)
-    num_empty = rows.count(-1)
-    return Captions(tuple(place), len(rows), num_empty, len(rows) - num_empty - len(place), num_cut), rows
+        return stream_column(uri, "caption")
+    if uri.endswith(".jsonl"):
+        return ([text for _, texts in lines for text in texts] for lines in _lines_of_book(uri))
+    if uri.endswith(".tsv"):
+        return ([line.rpartition("\t")[2] for line in lines] for lines in stream_lines(uri))
+    if uri.endswith(".txt"):
+        return (list(lines) for lines in stream_lines(uri))
+    raise DataError(f"captions {shown(uri)} must end with .txt, .tsv, .parquet or .jsonl")
 
 
 def open_captioned(spec: str) -> CaptionedImages:
@@ -133,40 +206,57 @@ def open_captioned(spec: str) -> CaptionedImages:
     kind, _, place = spec.partition(":")
     if not place or kind not in ("pairs", "picturebook"):
         raise ConfigError(f"no captioned images: {spec!r}; expected {PAIR_FORMS}")
+    num_nowhere = 0
     if kind == "pairs":
         table = canonical_uri(place)
         uris, texts = read_columns(table, ("uri", "caption"))
         pairs = [
             (canonical_uri(beside(table, uri)), text) for uri, text in zip(uris, texts, strict=True) if uri
         ]
+        num_nowhere = len(uris) - len(pairs)
     else:
-        lines = _lines_of_book(join_uri(place, "captions.jsonl"))
-        pairs = [(join_uri(place, "images", name), text) for name, texts in lines for text in texts]
-    return _captioned(f"{kind} {PurePosixPath(place.rstrip('/')).stem}", pairs)
+        book = _lines_of_book(join_uri(place, "captions.jsonl"))
+        pairs = [
+            (join_uri(place, "images", name), text)
+            for lines in book
+            for name, texts in lines
+            for text in texts
+        ]
+    return _captioned(f"{kind} {PurePosixPath(place.rstrip('/')).stem}", pairs, num_nowhere)
 
 
-def _captioned(name: str, pairs: Sequence[tuple[str, str]]) -> CaptionedImages:
-    captions, rows = clean(text for _, text in pairs)
-    kept = [(uri, row) for (uri, _), row in zip(pairs, rows, strict=True) if row >= 0]
+def _captioned(name: str, pairs: Sequence[tuple[str, str]], num_nowhere: int) -> CaptionedImages:
+    counts, place = CaptionCounts(), dict[str, int]()
+    texts = counts.clean(text for _, text in pairs)
+    kept = [
+        (uri, place.setdefault(text, len(place))) for (uri, _), text in zip(pairs, texts, strict=True) if text
+    ]
     if not kept:
-        raise DataError(f"{name} has no image with a caption")
+        nowhere = f"; {num_nowhere:,} rows have no uri" if num_nowhere else ""
+        raise DataError(f"{name} has no image with a caption{nowhere}")
+    counts.num_distinct, counts.num_repeated = len(place), len(kept) - len(place)
     uris = {uri: index for index, uri in enumerate(dict.fromkeys(uri for uri, _ in kept))}
     of_image = Ragged.of_pairs(
         np.array([uris[uri] for uri, _ in kept]), np.array([row for _, row in kept]), len(uris)
     )
-    return CaptionedImages(name, pa.chunked_array([pa.array(list(uris), pa.string())]), captions, of_image)
+    images = pa.chunked_array([pa.array(list(uris), pa.string())])
+    return CaptionedImages(name, images, Captions(tuple(place), counts), of_image, num_nowhere)
 
 
-def _lines_of_book(uri: str) -> list[tuple[str, list[str]]]:
+def _lines_of_book(uri: str) -> Iterator[list[tuple[str, list[str]]]]:
     if not exists(uri):
         raise DataError(f"there are no captions at {shown(uri)}; the picture book writes captions.jsonl")
-    found = []
-    for number, line in enumerate(read_lines(uri), start=1):
-        try:
-            record = json.loads(line)
-            found.append((str(record["file_name"]), [str(text) for text in record["captions"]]))
-        except (ValueError, KeyError, TypeError) as error:
-            raise DataError(
-                f'{shown(uri)} line {number:,} is not {{"file_name": …, "captions": […]}}'
-            ) from error
-    return found
+    num_before = 0
+    for lines in stream_lines(uri):
+        yield [_line_of_book(uri, number, line) for number, line in enumerate(lines, start=num_before + 1)]
+        num_before += len(lines)
+
+
+def _line_of_book(uri: str, number: int, line: str) -> tuple[str, list[str]]:
+    try:
+        record = json.loads(line)
+        # JSON may hold halves of characters, which no file can.
+        texts = [str(text).encode("utf-8", "replace").decode() for text in record["captions"]]
+        return str(record["file_name"]), texts
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f'{shown(uri)} line {number:,} is not {{"file_name": …, "captions": […]}}') from error

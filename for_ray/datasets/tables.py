@@ -1,18 +1,33 @@
-"""Text and columns from files that people make: UTF-8 text, CSV, TSV and Parquet, on disk or in a bucket."""
+"""Text and columns from files that people make: UTF-8 text, CSV, TSV and Parquet, on disk or in a bucket.
+
+What may have millions of lines or rows is read as a stream: `stream_lines`, `stream_column`.
+"""
 
 from __future__ import annotations
 
+import codecs
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from for_ray.errors import DataError
-from for_ray.storage import is_s3, read_bytes, shown
+from for_ray.storage import is_s3, read_bytes, shown, stat
 
 MAX_FIELD_CHARACTERS = 1 << 24
+
+BLOCK_BYTES = 8 << 20
+"""What a stream of lines reads at once."""
+
+MAX_LINE_BYTES = 1 << 24
+"""A longer line is no line of such a file."""
+
+ROWS_AT_ONCE, COLUMN_BYTES = 8192, 1 << 20
+"""What a stream of a Parquet column hands on at once, and what it reads at once of a column."""
 
 
 def read_text(uri: str) -> str:
@@ -22,15 +37,7 @@ def read_text(uri: str) -> str:
         DataError: It is not there, or in another encoding; the message names the line.
         StorageError: The store refused.
     """
-    content = read_bytes(uri)
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise DataError(
-            f"{shown(uri)} is not UTF-8 (line {line:,}, byte 0x{content[error.start]:02x}): convert it, such "
-            "as by iconv -f ISO-8859-1 -t UTF-8"
-        ) from error
+    return _decoded(uri, read_bytes(uri))
 
 
 def read_lines(uri: str) -> list[str]:
@@ -41,6 +48,55 @@ def read_lines(uri: str) -> list[str]:
         StorageError: The store refused.
     """
     return [line.removesuffix("\r") for line in read_text(uri).removesuffix("\n").split("\n")]
+
+
+def stream_lines(uri: str) -> Iterator[list[str]]:
+    """The lines of a UTF-8 file, some thousands at a time; an empty file has none.
+
+    Memory: a block of the file and its lines.
+
+    Raises:
+        DataError: See `read_text`; or a line is far too long.
+        StorageError: The store refused, or the file was changed meanwhile.
+    """
+    entry = stat(uri)
+    rest, num_lines = b"", 0
+    for start in range(0, entry.size_bytes, BLOCK_BYTES):
+        length = min(BLOCK_BYTES, entry.size_bytes - start)
+        rest += read_bytes(uri, etag=entry.etag, start=start, length=length)
+        whole, feed, rest = rest.rpartition(b"\n")
+        if feed:
+            lines = _decoded(uri, whole, num_before=num_lines).split("\n")
+            num_lines += len(lines)
+            yield [line.removesuffix("\r") for line in lines]
+        if len(rest) > MAX_LINE_BYTES:
+            raise DataError(
+                f"{shown(uri)} line {num_lines + 1:,} is longer than {MAX_LINE_BYTES:,} bytes: line feeds "
+                "end lines; is it a text file?"
+            )
+    if rest:
+        yield [_decoded(uri, rest, num_before=num_lines).removesuffix("\r")]
+
+
+def stream_column(uri: str, name: str) -> Iterator[list[str | None]]:
+    """A column of texts of a Parquet file, some thousands at a time.
+
+    Memory: these, and the pages that they are on, however large the row groups are.
+
+    Raises:
+        DataError: It is no Parquet file, lacks the column, or has no texts there.
+        StorageError: The store refused, or the file was changed meanwhile.
+    """
+    with _readable_parquet(uri):
+        file = pq.ParquetFile(_Object(uri), buffer_size=COLUMN_BYTES, pre_buffer=False)
+        _require(uri, file.schema_arrow.names, [name])
+        kind = file.schema_arrow.field(name).type
+        if pa.types.is_dictionary(kind):
+            kind = kind.value_type
+        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind)):
+            raise DataError(f"{shown(uri)}: the column {name} holds {kind}, expected texts (string)")
+        for batch in file.iter_batches(ROWS_AT_ONCE, columns=[name], use_threads=False):
+            yield batch.column(0).to_pylist()
 
 
 def read_columns(uri: str, columns: Sequence[str]) -> list[list[str]]:
@@ -75,19 +131,77 @@ def parquet_table(uri: str, columns: Sequence[str]) -> pa.Table:
         DataError: It is no Parquet file, or lacks a column.
         StorageError: The store refused.
     """
-    try:
+    with _readable_parquet(uri):
         file = pq.ParquetFile(pa.BufferReader(read_bytes(uri)))
         _require(uri, file.schema_arrow.names, columns)
         return file.read(columns=list(columns))
+
+
+def beside(uri: str, name: str) -> str:
+    """Where a file names another: as it stands if it is absolute, else in the file's own folder."""
+    return name if is_s3(name) or name.startswith(("/", "file://")) else f"{uri.rpartition('/')[0]}/{name}"
+
+
+@contextmanager
+def _readable_parquet(uri: str) -> Iterator[None]:
+    try:
+        yield
     except (pa.ArrowInvalid, OSError) as error:
         raise DataError(
             f"{shown(uri)} is no readable Parquet: {' '.join(str(error).split())[:120]}"
         ) from error
 
 
-def beside(uri: str, name: str) -> str:
-    """Where a file names another: as it stands if it is absolute, else in the file's own folder."""
-    return name if is_s3(name) or name.startswith(("/", "file://")) else f"{uri.rpartition('/')[0]}/{name}"
+class _Object(io.RawIOBase):
+    """A file or object as Arrow reads one: in parts, each by a request."""
+
+    def __init__(self, uri: str) -> None:
+        super().__init__()
+        self._entry, self._place = stat(uri), 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._place
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._place, io.SEEK_END: self._entry.size_bytes}[whence]
+        self._place = max(0, start + offset)
+        return self._place
+
+    def readinto(self, target: Any) -> int:
+        length = max(0, min(len(target), self._entry.size_bytes - self._place))
+        content = read_bytes(self._entry.uri, etag=self._entry.etag, start=self._place, length=length)
+        target[:length] = content
+        self._place += length
+        return length
+
+
+def _decoded(uri: str, content: bytes, *, num_before: int = 0) -> str:
+    """Text of a file, or of its lines behind the first `num_before`; what is not UTF-8 is named."""
+    if not num_before and content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise DataError(
+            f"{shown(uri)} is UTF-16, expected UTF-8: convert it, such as by iconv -f UTF-16 -t UTF-8"
+        )
+    try:
+        text = content.decode("utf-8" if num_before else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = num_before + error.object.count(b"\n", 0, error.start) + 1
+        raise DataError(
+            f"{shown(uri)} is not UTF-8 (line {line:,}, byte 0x{error.object[error.start]:02x}): convert it, "
+            "such as by iconv -f ISO-8859-1 -t UTF-8"
+        ) from error
+    if (place := text.find("\0")) >= 0:
+        line = num_before + text.count("\n", 0, place) + 1
+        raise DataError(
+            f"{shown(uri)} is no text (line {line:,} has a byte 0x00): expected UTF-8; UTF-16 without a mark "
+            "looks so, convert it, such as by iconv -f UTF-16LE -t UTF-8"
+        )
+    return text
 
 
 def _parquet_columns(uri: str, columns: Sequence[str]) -> list[list[str]]:

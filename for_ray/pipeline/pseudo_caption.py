@@ -1,9 +1,11 @@
 """The job of pseudo-captions: from images and a set of captions to the table that recipe `mcip` learns from.
 
-    read → embed the captions → index them → embed the images → look up → write
+    read → embed the images → embed the captions, or take their vectors as they were kept → index these →
+    look up → write
 
-The record is written last. The same settings, images and captions again: nothing to do; others in the same
-place are refused.
+The images come first: too many that cannot be read are told before the captions, which may be far more, are
+embedded. The record is written last. The same settings, images and captions again: nothing to do; others in
+the same place are refused. Captions stream: see `stages.caption_vectors` for what 10⁷ of them take.
 """
 
 from __future__ import annotations
@@ -13,13 +15,14 @@ import hashlib
 import json
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from for_ray.config import PseudoCaptionSettings
-from for_ray.datasets.captions import Captions, read_captions
+from for_ray.datasets.captions import CaptionStream
 from for_ray.datasets.spec import open_dataset
 from for_ray.errors import ConfigError, DataError
 from for_ray.model.bundle import Bundle, open_bundle
@@ -33,12 +36,13 @@ from for_ray.stages.caption_table import (
 from for_ray.stages.cluster import Cluster
 from for_ray.stages.failures import failures
 from for_ray.stages.progress import Progress
-from for_ray.storage import canonical_uri, check_writable, exists, shown
+from for_ray.storage import canonical_uri, check_writable, exists, join_uri, shown
 
 if TYPE_CHECKING:
     from for_ray.evaluation.similarity import VectorSets
+    from for_ray.stages.caption_vectors import SpooledCaptions
     from for_ray.stages.encode import Pool
-    from for_ray.stages.pseudo_captions import Nearest
+    from for_ray.stages.pseudo_captions import CaptionRecall, Nearest
 
 
 def run_pseudo_caption(settings: PseudoCaptionSettings, *, progress: Progress) -> CaptionRun:
@@ -54,109 +58,146 @@ def run_pseudo_caption(settings: PseudoCaptionSettings, *, progress: Progress) -
         StorageError: The store refused.
         StageError: Too many images are unreadable; nothing was written.
     """
-    output_uri = canonical_uri(settings.output)
-    bundle = open_bundle(settings.encoder, head="clip", image_size=settings.image_size)
-    with progress.stage("read") as update:
-        dataset = open_dataset(settings.dataset)
-        captions = read_captions(settings.captions)
-        update(len(dataset))
-    progress.say(f"{dataset.name}: {len(dataset):,} images; {captions.describe()}")
-    identity = _identity(settings, bundle, dataset.uris, captions)
-    if exists(record_uri(output_uri)):
-        before = read_record(output_uri)
-        if before.identity == identity:
-            progress.say("written before; nothing to do")
-            return before
-        raise ConfigError(
-            f"{shown(output_uri)} holds pseudo-captions of other images, captions or settings: give another "
-            "--output, or delete those"
-        )
-    check_writable(output_uri)
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="for-ray-")))
-        run = _Run(settings, bundle, Cluster(stack), progress)
-        table = run.compare(dataset.uris, captions, folder, identity)
-        with failures("write"), progress.stage("write") as update:
-            write_captions(output_uri, table)
-            update(len(table.uris))
-    return table.run
+        return _Run(settings, Cluster(stack), progress, folder).run()
 
 
 class _Run:
-    """One run of the job."""
+    """One run of the job.
+
+    Args:
+        settings: The job's.
+        cluster: Where it runs.
+        progress: Where the stages are told.
+        folder: For this alone, on this disk; the caller removes it.
+    """
 
     def __init__(
-        self, settings: PseudoCaptionSettings, bundle: Bundle, cluster: Cluster, progress: Progress
+        self, settings: PseudoCaptionSettings, cluster: Cluster, progress: Progress, folder: Path
     ) -> None:
-        self._settings, self._bundle, self._cluster, self._progress = settings, bundle, cluster, progress
+        self._settings, self._cluster, self._progress, self._folder = settings, cluster, progress, folder
+        self._bundle = open_bundle(settings.encoder, head="clip", image_size=settings.image_size)
 
-    def compare(self, uris: pa.ChunkedArray, captions: Captions, folder: Path, identity: str) -> CaptionTable:
+    def run(self) -> CaptionRun:
+        """All of it."""
+        settings, progress = self._settings, self._progress
+        output_uri = canonical_uri(settings.output)
+        vectors_uri = canonical_uri(settings.vectors or join_uri(output_uri, "vectors"))
+        dataset = open_dataset(settings.dataset)
+        captions = self._read(dataset.name, len(dataset))
+        identity = _identity(settings, self._bundle, dataset.uris, captions)
+        if exists(record_uri(output_uri)):
+            before = read_record(output_uri)
+            if before.identity == identity:
+                progress.say("written before; nothing to do")
+                return before
+            raise ConfigError(
+                f"{shown(output_uri)} holds pseudo-captions of other images, captions or settings: give "
+                "another --output, or delete those"
+            )
+        for uri in (output_uri, vectors_uri):
+            check_writable(uri)
+        table = self._compare(dataset.uris, captions, vectors_uri, identity)
+        with failures("write"), progress.stage("write") as update:
+            write_captions(output_uri, table)
+            update(len(table.uris))
+        return table.run
+
+    def _read(self, name: str, num_images: int) -> SpooledCaptions:
+        """The captions, on this disk; what is wrong with them is said before anything is computed."""
+        from for_ray.stages.caption_vectors import spool_captions
+
+        stream = CaptionStream(self._settings.captions)
+        with self._progress.stage("read", unit="captions") as update:
+            captions = spool_captions(stream, self._folder / "texts", on_progress=update)
+        self._progress.say(f"{name}: {num_images:,} images; {stream.counts.describe()}")
+        return captions
+
+    def _compare(
+        self, uris: pa.ChunkedArray, captions: SpooledCaptions, vectors_uri: str, identity: str
+    ) -> CaptionTable:
         """The table of images and their nearest captions; those that no image has are left out."""
         from for_ray.model.towers import check_weights
-        from for_ray.stages.pseudo_captions import CaptionIndex, embed_captions
+        from for_ray.stages.caption_vectors import local_vectors, texts_of
+        from for_ray.stages.pseudo_captions import CaptionIndex
 
-        settings, progress = self._settings, self._progress
+        settings, progress, most = self._settings, self._progress, self._settings.captions_per_image
         check_weights(self._bundle)
         with progress.stage("start"):
             _ = self._cluster.resources
-        total = len(captions.texts)
-        with failures("captions"), progress.stage("captions", total=total, unit="captions") as update:
-            vectors = embed_captions(
-                captions.texts,
+        images = self._embed(uris)
+        kept = self._vectors(captions, vectors_uri)
+        with failures("index"), progress.stage("index", unit="captions") as update:
+            vectors = local_vectors(kept, self._folder / "vectors")
+            index = CaptionIndex(vectors, self._folder)
+            update(len(vectors))
+        with contextlib.closing(index), progress.stage("compare", total=len(uris)) as update:
+            recall = index.measure(images, most=most)
+            nearest = index.nearest(images, threshold=settings.threshold, most=most, on_progress=update)
+        used = self._used(nearest, captions)
+        run = self._record(images, nearest, len(used), captions, recall, identity)
+        rows = np.flatnonzero(images.is_read)
+        of_image = nearest.of_image.select(rows)  # what cannot be read has none, so the cosines stay in place
+        of_image = type(of_image)(of_image.offsets, np.searchsorted(used, of_image.values).astype(np.int32))
+        found = uris.take(pa.array(rows)).to_pylist()
+        with failures("write"):
+            texts = texts_of(kept, used.astype(np.int64))
+        return CaptionTable(run, found, of_image, nearest.cosines, texts, np.array(vectors[used]))
+
+    def _vectors(self, captions: SpooledCaptions, vectors_uri: str) -> Any:
+        """The table of the captions' vectors, of this run or of an earlier one."""
+        from for_ray.stages.caption_vectors import embed_captions, find_kept
+
+        total = captions.num_captions
+        kept = find_kept(vectors_uri, captions, self._bundle)
+        if kept is not None:
+            self._progress.say(f"captions: vectors as they were kept at {shown(kept.uri)}")
+            return kept
+        with failures("captions"), self._progress.stage("captions", total=total, unit="captions") as update:
+            return embed_captions(
+                captions,
                 self._bundle,
                 self._pool(total),
-                folder / "vectors",
-                device=settings.device,
+                vectors_uri,
+                device=self._settings.device,
                 on_progress=update,
             )
-        with failures("index"), progress.stage("index", unit="captions") as update:
-            index = CaptionIndex(vectors, folder)
-            update(total)
-        images = self._embed(uris)
-        with contextlib.closing(index), progress.stage("compare", total=len(uris)) as update:
-            nearest = index.nearest(
-                images,
-                threshold=settings.threshold,
-                most=settings.captions_per_image,
-                on_progress=update,
-            )
-        return self._table(uris, images, captions, nearest, vectors, identity)
 
-    def _table(
-        self,
-        uris: pa.ChunkedArray,
-        images: VectorSets,
-        captions: Captions,
-        nearest: Nearest,
-        vectors: np.ndarray,
-        identity: str,
-    ) -> CaptionTable:
-        settings = self._settings
+    def _used(self, nearest: Nearest, captions: SpooledCaptions) -> NDArray[np.int32]:
+        """The captions that some image has; none at all is refused."""
         used = np.unique(nearest.of_image.values)
         if not len(used):
             raise DataError(
-                f"none of the {len(captions.texts):,} captions has a cosine of {settings.threshold} or more "
-                "with any image: lower --threshold, or take captions of what the images show"
+                f"none of the {captions.num_captions:,} captions has a cosine of {self._settings.threshold} "
+                "or more with any image: lower --threshold, or take captions of what the images show"
             )
-        rows = np.flatnonzero(images.is_read)
-        of_image = nearest.of_image.select(rows)  # what cannot be read has none, so the cosines stay in place
-        run = CaptionRun(
+        return used
+
+    def _record(
+        self,
+        images: VectorSets,
+        nearest: Nearest,
+        num_used: int,
+        captions: SpooledCaptions,
+        recall: CaptionRecall,
+        identity: str,
+    ) -> CaptionRun:
+        is_read = images.is_read
+        return CaptionRun(
             identity=identity,
             encoder=self._bundle.name,
             fingerprint=self._bundle.fingerprint,
-            threshold=settings.threshold,
-            most=settings.captions_per_image,
-            num_images=len(uris),
-            num_unreadable=len(uris) - len(rows),
-            num_bare=int((np.diff(of_image.offsets) == 0).sum()),
-            num_captions=len(captions.texts),
-            num_used=len(used),
+            threshold=self._settings.threshold,
+            most=self._settings.captions_per_image,
+            num_images=len(images),
+            num_unreadable=int((~is_read).sum()),
+            num_bare=int((np.diff(nearest.of_image.offsets)[is_read] == 0).sum()),
+            num_captions=captions.num_captions,
+            num_used=num_used,
+            recall=recall.recall,
+            nprobe=recall.nprobe,
         )
-        places = np.searchsorted(used, of_image.values).astype(np.int32)
-        of_image = type(of_image)(of_image.offsets, places)
-        texts = [captions.texts[row] for row in used.tolist()]
-        found = uris.take(pa.array(rows)).to_pylist()
-        return CaptionTable(run, found, of_image, nearest.cosines, texts, np.array(vectors[used]))
 
     def _embed(self, uris: pa.ChunkedArray) -> VectorSets:
         from for_ray.stages.embed import EmbedJob, embed_images
@@ -186,12 +227,11 @@ class _Run:
 
 
 def _identity(
-    settings: PseudoCaptionSettings, bundle: Bundle, uris: pa.ChunkedArray, captions: Captions
+    settings: PseudoCaptionSettings, bundle: Bundle, uris: pa.ChunkedArray, captions: SpooledCaptions
 ) -> str:
     """A hash of what decides the table."""
-    content = hashlib.sha256()
-    decisive = [bundle.fingerprint, settings.threshold, settings.captions_per_image]
-    content.update(json.dumps(decisive).encode())
-    for text in (*uris.to_pylist(), "", *captions.texts):
-        content.update(text.encode() + b"\n")
+    decisive = [bundle.fingerprint, settings.threshold, settings.captions_per_image, captions.content]
+    content = hashlib.sha256(json.dumps(decisive).encode())
+    for uri in uris.to_pylist():
+        content.update(uri.encode() + b"\n")
     return content.hexdigest()

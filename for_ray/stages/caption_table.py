@@ -35,6 +35,9 @@ class CaptionRun(BaseModel):
         num_bare: Of these, without a caption over the threshold: their lists are empty.
         num_captions: That were compared.
         num_used: That some image has.
+        recall: Of the nearest captions as a comparison with all has them, the share that the index found for
+            some of the images; None where it was not measured.
+        nprobe: Lists of the index that were looked at; None where it is not known.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -49,13 +52,16 @@ class CaptionRun(BaseModel):
     num_bare: int
     num_captions: int
     num_used: int
+    recall: float | None = None
+    nprobe: int | None = None
 
     def describe(self) -> str:
         """One line."""
+        found = "" if self.recall is None else f"; their index finds {self.recall:.1%} of the nearest"
         return (
             f"{self.num_used:,} of {self.num_captions:,} captions are near an image; {self.num_bare:,} of "
             f"{self.num_images:,} images have none of cosine {self.threshold} or more, "
-            f"{self.num_unreadable:,} could not be read"
+            f"{self.num_unreadable:,} could not be read{found}"
         )
 
 

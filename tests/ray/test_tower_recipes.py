@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from for_ray.config import FinetuneSettings, IndexSettings, PseudoCaptionSettings
-from for_ray.datasets.captions import read_captions
+from for_ray.datasets.captions import CaptionStream
 from for_ray.datasets.instances import write_instances
 from for_ray.datasets.spec import open_dataset
 from for_ray.errors import ConfigError, DataError, StageError
@@ -70,7 +70,7 @@ def flags(given: dict[str, object]) -> list[str]:
 def test_pseudo_captions_are_the_nearest_over_the_threshold(home, captions):
     table = read_table(captions)
     encoder = load_encoder(open_bundle("picturebook", head="clip", image_size=SIZE), "cpu")
-    texts = read_captions(f"{home}/captions.txt").texts
+    texts = [text for some in CaptionStream(f"{home}/captions.txt") for text in some]
     vectors = encoder.embed_captions(texts)
     uris = open_dataset(f"labels:{home}/set/labels.csv").uris.to_pylist()
     assert table.uris == uris
@@ -91,6 +91,24 @@ def test_no_caption_over_the_threshold_is_told_and_nothing_written(home, tmp_pat
     with pytest.raises(DataError, match=r"none of the \d+ captions has a cosine of 0.99 or more"):
         run_pseudo_caption(settings, progress=QUIET)
     assert not (tmp_path / "out" / "captions.json").exists()
+    heard: list[str] = []
+    progress = Progress(is_quiet=True)
+    progress.say = heard.append  # type: ignore[method-assign]
+    again = run_pseudo_caption(settings.model_copy(update={"threshold": 0.1}), progress=progress)
+    assert any(line.startswith("captions: vectors as they were kept at") for line in heard)
+    assert not any(time.name == "captions" for time in progress.times)
+    assert again.recall == 1
+    assert again.describe().endswith("their index finds 100.0% of the nearest")
+    assert not list((tmp_path / "out" / "vectors").glob("texts-*"))
+
+
+@pytest.mark.slow
+def test_unreadable_images_are_told_before_captions_are_embedded(home, tmp_path):
+    (tmp_path / "set.csv").write_text("uri,label\n/none/1.jpg,a\n/none/2.jpg,b\n")
+    more = {"dataset": f"labels:{tmp_path}/set.csv", "output": str(tmp_path / "out")}
+    with pytest.raises(StageError, match="2 of the data set's 2 images cannot be measured"):
+        run_pseudo_caption(caption_settings(home, **more), progress=QUIET)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow
@@ -149,12 +167,13 @@ def test_mcip_by_two_workers_then_realign_then_an_index_for_pictures_and_words(
 
 @pytest.mark.slow
 def test_too_many_unreadable_images_end_it_in_one_line(home, ray_address, tmp_path):
-    (tmp_path / "set.csv").write_text("uri,label\n/none/1.jpg,a\n/none/2.jpg,b\n")
+    rows = (home / "set" / "labels.csv").read_text().replace("images/", f"{home}/set/images/")
+    (tmp_path / "set.csv").write_text(f"{rows}/none/1.jpg,a\n/none/2.jpg,b\n")
     given = TUNED | {
         "recipe": "gpr",
         "dataset": f"labels:{tmp_path}/set.csv",
         "output": str(tmp_path / "out"),
     }
-    with pytest.raises(StageError, match="finetune: 2 of 2 images cannot be read; at most 5% may"):
+    with pytest.raises(StageError, match="finetune: 2 of 22 images cannot be read; at most 5% may"):
         run_tower_tuning(FinetuneSettings(**given), progress=QUIET)
     assert not (tmp_path / "out" / "bundle").exists()

@@ -8,9 +8,10 @@ import pytest
 from for_ray.datasets.labelled import Ragged
 from for_ray.errors import DataError
 from for_ray.evaluation.similarity import VectorSets
+from for_ray.index.plan import plan_index
 from for_ray.stages import pseudo_captions
 from for_ray.stages.caption_table import CaptionRun, CaptionTable, read_table, record_uri, write_captions
-from for_ray.stages.pseudo_captions import CaptionIndex
+from for_ray.stages.pseudo_captions import NUM_ASKED, CaptionIndex
 
 RUN = CaptionRun(
     identity="a", encoder="e", fingerprint="f", threshold=0.2, most=3, num_images=3, num_unreadable=0,
@@ -57,9 +58,55 @@ def test_the_nearest_captions_are_those_of_a_comparison_with_all(tmp_path, monke
     assert num_same >= 0.95 * num_all
 
 
+@pytest.fixture
+def crowds() -> tuple[np.ndarray, np.ndarray]:
+    """12,000 captions around 300 places, and 80 images beside captions: enough for codes in many lists."""
+    rng = np.random.default_rng(0)
+    centres = units(300, 64, seed=1).astype(np.float32)
+    captions = centres[rng.integers(0, 300, 12_000)] + 0.2 * rng.standard_normal((12_000, 64))
+    images = captions[rng.integers(0, 12_000, 80)] + 0.05 * rng.standard_normal((80, 64))
+    return tuple(
+        (each / np.linalg.norm(each, axis=1, keepdims=True)).astype(np.float16) for each in (captions, images)
+    )  # type: ignore[return-value]
+
+
+def test_codes_in_lists_find_what_their_measured_recall_says(tmp_path, monkeypatch, crowds):
+    def plan(*given, **more):
+        return plan_index(*given, **more).model_copy(update={"nprobe": 1})  # more is found to be needed
+
+    monkeypatch.setattr(pseudo_captions, "plan_index", plan)
+    captions, vectors = crowds
+    images = VectorSets(np.arange(81), vectors)
+    index = CaptionIndex(captions, tmp_path, threads=1)
+    assert "RaBitQ" in plan_index(12_000, 64).factory
+    cosines = vectors.astype(np.float64) @ captions.astype(np.float64).T
+    right = np.argsort(-cosines, axis=1)[:, :20]
+
+    def shares() -> np.ndarray:
+        found = index.nearest(images, threshold=-1, most=20, on_progress=lambda _: None)
+        return np.array([np.isin(near, found.of_image.row(row)).mean() for row, near in enumerate(right)])
+
+    at_first = shares().mean()
+    measured = index.measure(images, most=20)
+    found = shares()
+    index.close()
+    asked = np.unique(np.linspace(0, 79, NUM_ASKED).astype(int))
+    assert measured.recall == pytest.approx(found[asked].mean(), abs=1e-9)
+    assert at_first < 0.8
+    assert measured.nprobe > 1
+    assert measured.recall >= 0.95
+
+
+def test_an_index_that_is_not_asked_has_no_recall(tmp_path):
+    index = CaptionIndex(units(5), tmp_path, threads=1)
+    assert index.measure(VectorSets(np.zeros(4, np.int64), units(0)), most=3).recall is None
+    index.close()
+
+
 def test_one_caption_is_enough(tmp_path):
     index = CaptionIndex(units(1), tmp_path, threads=1)
     images = VectorSets(np.arange(2), units(1))
+    assert index.measure(images, most=20).recall == 1
     found = index.nearest(images, threshold=0.9, most=20, on_progress=lambda _: None)
     assert found.of_image.row(0).tolist() == [0]
     assert found.cosines[0] == pytest.approx(1, abs=1e-3)
