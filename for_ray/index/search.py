@@ -67,6 +67,8 @@ class RankedImages(NamedTuple):
             looked at.
         is_exhaustive: Whether every vector of every list was looked at, if only by its code.
         num_candidates: Images that were ranked again.
+        ceiling: What others score at most, in the lists looked at: what the code says of the last candidate,
+            and the most that it was off among them. -inf where there are no others.
     """
 
     image_ids: NDArray[np.int64]
@@ -75,6 +77,7 @@ class RankedImages(NamedTuple):
     is_complete: bool
     is_exhaustive: bool
     num_candidates: int
+    ceiling: float = -np.inf
 
 
 def num_candidates(k: int) -> int:
@@ -255,7 +258,8 @@ def search_images(
     ranked = gathered if exact is None else _rerank(gathered.image_ids, query, exact=exact)
     best = ranked.first(k)
     is_complete = len(best.image_ids) == k
-    return RankedImages(*best, is_complete, is_exhaustive, num_candidates=len(gathered.image_ids))
+    ceiling = -np.inf if is_exhaustive and len(gathered.image_ids) < wanted else _ceiling(gathered, ranked)
+    return RankedImages(*best, is_complete, is_exhaustive, len(gathered.image_ids), ceiling)
 
 
 class _Ranking(NamedTuple):
@@ -265,6 +269,14 @@ class _Ranking(NamedTuple):
 
     def first(self, k: int) -> _Ranking:
         return _Ranking(self.image_ids[:k], self.slots[:k], self.scores[:k])
+
+
+def _ceiling(gathered: _Ranking, ranked: _Ranking) -> float:
+    if not len(ranked.image_ids):
+        return -np.inf
+    order = np.argsort(gathered.image_ids)
+    places = order[np.searchsorted(gathered.image_ids, ranked.image_ids, sorter=order)]
+    return float(gathered.scores[-1] + np.abs(gathered.scores[places] - ranked.scores).max())
 
 
 def _compare_all(

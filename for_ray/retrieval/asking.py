@@ -22,13 +22,20 @@ from for_ray.retrieval.rows import SHOWN, objects_of, take_objects, take_rows, t
 from for_ray.schema import Snapshot, unpack_boxes
 from for_ray.sheet import Box
 
+DEEP = 1024
+"""Images of a ranking that is deep enough for a lowest score if its last is below that, whatever the code
+says of those behind it."""
+
 MAX_FOLDED = 1000
 """Hits of a folded question, its pages together; no deeper ranking is tried: each of its images is compared
 with all that are kept before it."""
 
 
 class Ranking(NamedTuple):
-    """Images as a search ranked them, best first; `clauses` says which clause each answers."""
+    """Images as a search ranked them, best first.
+
+    `clauses` says which clause each answers, `ceiling` what others score at most, as far as the code knows.
+    """
 
     image_ids: NDArray[np.int64]
     scores: NDArray[np.float32]
@@ -37,6 +44,7 @@ class Ranking(NamedTuple):
     is_exhaustive: bool
     is_proven: bool
     num_candidates: int
+    ceiling: float = -np.inf
 
 
 class TimedSegments:
@@ -110,9 +118,11 @@ class Search:
         return MAX_HITS if self.question.fold_at is None else MAX_FOLDED
 
     def _is_below(self, ranking: Ranking) -> bool:
-        """Whether the ranking goes on where no score is high enough."""
+        """Whether the ranking goes on where no score is high enough, nor one that the code has wrong."""
         lowest = self.question.min_score
-        return lowest is not None and float(ranking.scores[-1]) < lowest
+        if lowest is None or float(ranking.scores[-1]) >= lowest:
+            return False
+        return ranking.ceiling < lowest or len(ranking.scores) >= DEEP
 
     def _rank(self, depth: int) -> Ranking:
         segments, query, only = self.segments, self.query, self.only
@@ -275,7 +285,7 @@ class Search:
 
 def _ranking(found: RankedImages, *, is_proven: bool) -> Ranking:
     clauses = np.zeros(len(found.image_ids), np.int64)
-    flags = (found.is_complete, found.is_exhaustive, is_proven, found.num_candidates)
+    flags = (found.is_complete, found.is_exhaustive, is_proven, found.num_candidates, found.ceiling)
     return Ranking(found.image_ids, found.scores, clauses, *flags)
 
 

@@ -14,12 +14,14 @@ from PIL import Image
 
 from for_ray.errors import ConfigError
 from for_ray.index import conjunction, search
+from for_ray.index.probe import Hits, Searchable
 from for_ray.model.bundle import Bundle
 from for_ray.model.encoder import Encoded
 from for_ray.retrieval import Answer, Filters, Hit, OpenIndex, Question, asking, open_index, paging
 from for_ray.retrieval.names import NameVectors
 from for_ray.retrieval.paging import read_token
 from for_ray.retrieval.queries import overlaps, unwanted_limits
+from for_ray.schema import image_ids_of
 from tests.planted import Planted, PlantedIndex
 
 DIM = 16
@@ -260,6 +262,39 @@ def test_a_lowest_score_ends_the_search(index: OpenIndex, monkeypatch: pytest.Mo
     monkeypatch.setattr(asking.Search, "_rank", lambda self, depth: asked.append(depth) or rank(self, depth))
     assert len(index.ask(Question("a dog", min_score=0.62)).hits) == 3
     assert asked == [3, 5]
+
+
+class Noisy:
+    """Segments whose code takes 0.06 from the score of one image, and adds 0.05 to those of others."""
+
+    def __init__(self, segments: Searchable, image_id: int) -> None:
+        self._segments, self._image_id = segments, image_id
+
+    def __getattr__(self, name: str) -> int:
+        return getattr(self._segments, name)
+
+    def search(self, queries: NDArray[np.floating], k: int, **options: object) -> Hits:
+        found = self._segments.search(queries, 1000, **options)
+        is_wronged = image_ids_of(found.vector_ids[0]) == self._image_id
+        scores = found.scores[0] + np.where(is_wronged, -0.06, 0.05).astype(np.float32)
+        order = np.argsort(-scores, kind="stable")[:k]
+        return Hits(scores[order][None], found.vector_ids[:, order])
+
+
+def test_a_lowest_score_is_that_of_the_vector_and_not_of_its_code(
+    index: OpenIndex, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the code the image is the fourth, behind one that scores too little."""
+    asked: list[int] = []
+    rank = asking.Search._rank
+    monkeypatch.setattr(index, "_segments", Noisy(index._segments, 2))
+    monkeypatch.setattr(asking, "depths", lambda wanted, begun: (3, 5, 7, 1000))
+    monkeypatch.setattr(search, "num_candidates", lambda k: k)
+    monkeypatch.setattr(asking.Search, "_rank", lambda self, depth: asked.append(depth) or rank(self, depth))
+    assert names(index.ask(Question("a dog", min_score=0.62))) == ["dogs", "both", "mixed"]
+    assert asked == [3, 5]  # what may lie behind the fifth scores 0.23
+    monkeypatch.setattr(asking, "DEEP", 3)
+    assert names(index.ask(Question("a dog", min_score=0.62))) == ["dogs", "both"]
 
 
 def test_folding(planted_index: PlantedIndex, monkeypatch: pytest.MonkeyPatch) -> None:
