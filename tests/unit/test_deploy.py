@@ -166,6 +166,20 @@ def test_the_policy_reads_images_and_keeps_the_index():
     assert all("*" not in each["Action"] and "s3:*" not in each["Action"] for each in statements)
 
 
+def test_the_policy_reads_encrypted_buckets_and_starts_the_first_spot_node(cluster):
+    """Keys through S3 only, and the one role that EC2 makes itself where an account never had a spot node."""
+    statements = json.loads((DEPLOY / "iam-policy.json").read_text())["Statement"]
+    by_action = {action: each for each in statements for action in each["Action"]}
+    keys = by_action["kms:Decrypt"]
+    assert set(keys["Action"]) == {"kms:Decrypt", "kms:GenerateDataKey"}
+    assert keys["Condition"] == {"StringLike": {"kms:ViaService": "s3.*.amazonaws.com"}}
+    spot = by_action["iam:CreateServiceLinkedRole"]
+    assert [arn.rpartition("/")[2] for arn in spot["Resource"]] == ["AWSServiceRoleForEC2Spot"]
+    assert spot["Condition"] == {"StringEquals": {"iam:AWSServiceName": "spot.amazonaws.com"}}
+    market = cluster["available_node_types"]["gpu-spot"]["node_config"]["InstanceMarketOptions"]
+    assert market["MarketType"] == "spot"
+
+
 def test_the_cronjob_is_what_kubernetes_wants(manifests):
     cron = manifests["CronJob"]
     assert (cron["apiVersion"], manifests["Role"]["apiVersion"]) == (
