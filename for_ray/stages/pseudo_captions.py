@@ -3,7 +3,7 @@
 The driver trains the codec and builds the segments, as for images, on its disk; the codes find candidates,
 the vectors, which lie in a mapped file, rank them. How many lists are looked at is measured, as for images.
 
-At 10⁷ captions of D = 1024: 5.3 GB of segments on the driver's disk beside the vectors (530 bytes a caption);
+At 10⁷ captions of D = 1024: 5.5 GB of segments on the driver's disk beside the vectors (540 bytes a caption);
 in memory 1.1 GB for the codec's sample, then 2 GB at most for a segment that is built.
 """
 
