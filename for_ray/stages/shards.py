@@ -6,7 +6,10 @@ a question costs a message to each and one back.
 
 from __future__ import annotations
 
+import logging
+import os
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -37,7 +40,12 @@ TASK_RETRIES = 3
 START_SECONDS = 1800.0
 """For actors to start, and for each to fetch its segments: 90 GB at 100 MB/s take a quarter of an hour."""
 
+ROOM_SECONDS = 45.0
+"""For actors to be given a node that is there; then it is said which are not."""
+
 Ids = NDArray[np.int64]
+
+_LOG = logging.getLogger(__name__)
 
 
 def assign_segments(segments: Sequence[Segment], num_shards: int) -> list[list[Segment]]:
@@ -72,7 +80,9 @@ def assign_segments(segments: Sequence[Segment], num_shards: int) -> list[list[S
 class ShardSet:
     """Shards that are searched as one index: what `SegmentSet` is in one process. Threads may share it.
 
-    An actor that dies is started again, and what it was asked is asked once more.
+    An actor that dies is started again, and what it was asked is asked once more. More of them than this
+    machine has room for are refused at once where it is all there is. Another cluster may start nodes when
+    asked: there it is logged, soon, what is waited for.
 
     Args:
         layout: The index.
@@ -106,8 +116,10 @@ class ShardSet:
         cache_path: Path | None = None,
     ) -> None:
         shards = assign_segments(segments, num_shards) if segments else []
+        self._num_cpus = threads if num_cpus is None else num_cpus
+        _check_room(len(shards), self._num_cpus)
         actor = ray.remote(_Shard).options(
-            num_cpus=threads if num_cpus is None else num_cpus,
+            num_cpus=self._num_cpus,
             scheduling_strategy="SPREAD",  # each node's memory holds a part, also where CPUs would do on one
             max_concurrency=QUESTIONS_AT_ONCE,
             max_restarts=-1,
@@ -155,19 +167,36 @@ class ShardSet:
             return merge_hits(ray.get(asked), k)
 
     def _open(self) -> list[_Facts]:
+        end = time.monotonic() + START_SECONDS
         asked = [actor.describe.remote() for actor in self._actors]
         try:
             with self._losses():
-                return list(ray.get(asked, timeout=START_SECONDS))
+                if num_waiting := self._count_waiting(ROOM_SECONDS):
+                    _LOG.warning("%s: add nodes, unless the cluster starts them", self._lack(num_waiting))
+                return list(ray.get(asked, timeout=max(0.0, end - time.monotonic())))
         except GetTimeoutError:
+            num_waiting = self._count_waiting(0)
+            why = self._lack(num_waiting) if num_waiting else "each needs time to fetch its segments"
             self.close()
             raise ConfigError(
-                f"{len(asked)} shards did not open within {START_SECONDS:g} s; each needs a free CPU of the "
-                "cluster, and time to fetch its segments: ask for fewer, or add nodes"
+                f"{len(asked)} shards did not open within {START_SECONDS:g} s; {why}: ask for fewer, or add "
+                "nodes"
             ) from None
         except ForRayError:
             self.close()
             raise
+
+    def _count_waiting(self, seconds: float) -> int:
+        """Actors that no node has room for after this time."""
+        asked = [actor.is_up.remote() for actor in self._actors]
+        return len(ray.wait(asked, num_returns=len(asked), timeout=seconds)[1]) if asked else 0
+
+    def _lack(self, num_waiting: int) -> str:
+        cpus, free = (each.get("CPU", 0.0) for each in (ray.cluster_resources(), ray.available_resources()))
+        return (
+            f"{num_waiting} of {len(self._actors)} shards have no place: each reserves {self._num_cpus:g} "
+            f"CPUs of a node, the cluster has {cpus:g}, of which {free:g} are free"
+        )
 
     @contextmanager
     def _losses(self) -> Iterator[None]:
@@ -201,6 +230,16 @@ class ShardSet:
             shared = [None if part is None else ray.put(part) for part in parts]
             filters.append(_Filter(shared[0], shared[1], is_empty))
         return filters
+
+
+def _check_room(num_shards: int, num_cpus: float) -> None:
+    """A cluster of this machine alone does not grow: what does not fit would be waited for in vain."""
+    cpus = ray.cluster_resources().get("CPU", 0.0)
+    if os.environ.get("RAY_ADDRESS", "") in ("", "local") and num_shards * num_cpus > cpus:
+        raise ConfigError(
+            f"{num_shards} shards reserve {num_shards * num_cpus:g} CPUs, this machine has {cpus:g}: ask for "
+            "fewer, or name a cluster in RAY_ADDRESS"
+        )
 
 
 class _Facts(NamedTuple):
@@ -254,6 +293,9 @@ class _Shard:
             if self._opened is None:
                 self._opened = self._open()
             return self._opened
+
+    def is_up(self) -> bool:
+        return True
 
     def describe(self) -> _Facts:
         return _Facts(self._segments.dim, self._segments.nlist, self._segments.num_vectors)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 import signal
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -161,12 +162,31 @@ def test_a_damaged_segment_is_told(planted):
         ShardSet(*given, nprobe=1, num_shards=1)
 
 
-@pytest.mark.slow
-def test_too_many_shards_are_told(planted, monkeypatch):
-    monkeypatch.setattr("for_ray.stages.shards.START_SECONDS", 5.0)
+def test_more_shards_than_this_machine_has_room_for_are_refused_at_once(planted, monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
     given = (planted.layout, planted.bundle.fingerprint, planted.segments)
-    with pytest.raises(ConfigError, match="5 shards did not open within 5 s"):
-        ShardSet(*given, nprobe=1, num_shards=5)
+    cpus = ray.cluster_resources()["CPU"]
+    with pytest.raises(
+        ConfigError, match=rf"5 shards reserve {5 * cpus:g} CPUs, this machine has {cpus:g}: "
+    ):
+        ShardSet(*given, nprobe=1, num_shards=5, num_cpus=cpus)
+
+
+@pytest.mark.slow
+def test_shards_that_a_cluster_has_no_room_for_are_told_soon(planted, monkeypatch, caplog):
+    """They may be waited for: the cluster may grow."""
+    monkeypatch.setenv("RAY_ADDRESS", "somewhere:6379")
+    monkeypatch.setattr(shards, "ROOM_SECONDS", 0.5)
+    monkeypatch.setattr(shards, "START_SECONDS", 5.0)
+    given = (planted.layout, planted.bundle.fingerprint, planted.segments)
+    cpus = ray.cluster_resources()["CPU"]
+    lack = (
+        rf"\d of 5 shards have no place: each reserves {cpus:g} CPUs of a node, the cluster has {cpus:g}, of"
+    )
+    with pytest.raises(ConfigError, match=f"5 shards did not open within 5 s; {lack}") as caught:
+        ShardSet(*given, nprobe=1, num_shards=5, num_cpus=cpus)
+    assert "\n" not in str(caught.value)
+    assert [re.match(lack, record.message) is not None for record in caplog.records] == [True]
 
 
 @pytest.mark.slow
