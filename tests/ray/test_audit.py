@@ -157,6 +157,17 @@ def test_recall_below_what_the_snapshot_says_is_told(index, tmp_path):
     assert f"snapshot {snapshot.snapshot_id} says 1.500; " in problems[0]
 
 
+def test_recall_of_a_sample_may_differ_by_more(index, tmp_path, monkeypatch):
+    """What is measured is 1: everything is compared here."""
+    snapshot = snapshots.latest(Layout(str(index)))
+    for said, num_whole, num_sampled in [(1.01, 0, 0), (1.04, 1, 0), (1.06, 1, 1)]:
+        better = snapshot.model_copy(update={"recall_at_50": said})
+        assert len(audit(index, tmp_path / "whole", snapshot=better)[0]) == num_whole
+        with monkeypatch.context() as patched:
+            patched.setattr("for_ray.stages.audit.SAMPLED_VECTORS", 1)
+            assert len(audit(index, tmp_path / "sample", snapshot=better)[0]) == num_sampled
+
+
 def test_an_encoder_and_a_list_of_snapshots_that_are_gone_are_told(index, tmp_path):
     layout = Layout(str(index))
     snapshot = snapshots.latest(layout)

@@ -232,6 +232,7 @@ def published_at(*days: float) -> list[Published]:
         ([30, 20, 1], 1, 7, {1}),  # the second was the latest until yesterday
         ([30, 20, 1], 1, 1, {1, 2}),
         ([30, 20, 1], 3, 0, set()),
+        ([4003, 4002, 4001, 4000], 3, 7, {1}),  # by a clock that is years ahead
         ([5, 5, 5, 0], 2, 0.5, {1, 2}),
     ],
 )
