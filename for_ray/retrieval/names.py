@@ -1,11 +1,11 @@
-"""Vectors of names, the last used ones kept: people ask for the same things again and again."""
+"""Vectors of names and pictures, the last used ones kept: the same things are asked for again and again."""
 
 from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,9 +16,46 @@ if TYPE_CHECKING:
 NAMES_KEPT = 4096
 """16 MB at 1024 dimensions."""
 
+PICTURES_KEPT = 128
+"""16 MB at 1024 dimensions and 32 slots: further pages, and other regions of a picture, cost no encoding."""
+
+Key = TypeVar("Key")
+Value = TypeVar("Value")
+
+
+class Kept(Generic[Key, Value]):
+    """Values by keys, the last used ones; threads may share it.
+
+    Args:
+        most: Values that are held.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._values: OrderedDict[Key, Value] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def get(self, key: Key, make: Callable[[], Value]) -> Value:
+        """The value of a key; made where it is not held, outside of the lock."""
+        with self._lock:
+            if key in self._values:
+                self._values.move_to_end(key)
+                return self._values[key]
+        value = make()
+        with self._lock:
+            self._values[key] = value
+            while len(self._values) > self._most:
+                self._values.popitem(last=False)
+        return value
+
 
 class NameVectors:
     """The text tower of an encoder with a memory; threads may share it.
+
+    What pictures were asked with is remembered too, in `pictures`, by what is in their files.
 
     A name is embedded by itself: its vector is the same to the last bit, whatever else is asked with it, as
     the pages of an answer need it.
@@ -30,9 +67,8 @@ class NameVectors:
 
     def __init__(self, encoder: Encoder, *, kept: int = NAMES_KEPT) -> None:
         self.encoder = encoder
-        self._kept = kept
-        self._vectors: OrderedDict[str, NDArray[np.float32]] = OrderedDict()
-        self._lock = threading.Lock()
+        self.pictures: Kept[tuple[str, str], tuple[NDArray[np.float32], ...]] = Kept(PICTURES_KEPT)
+        self._vectors: Kept[str, NDArray[np.float32]] = Kept(kept)
 
     def __len__(self) -> int:
         return len(self._vectors)
@@ -46,14 +82,4 @@ class NameVectors:
         return np.stack([self._vector(name) for name in names])
 
     def _vector(self, name: str) -> NDArray[np.float32]:
-        with self._lock:
-            found = self._vectors.get(name)
-            if found is not None:
-                self._vectors.move_to_end(name)
-                return found
-        vector = np.asarray(self.encoder.embed_text([name])[0], np.float32)
-        with self._lock:
-            self._vectors[name] = vector
-            while len(self._vectors) > self._kept:
-                self._vectors.popitem(last=False)
-        return vector
+        return self._vectors.get(name, lambda: np.asarray(self.encoder.embed_text([name])[0], np.float32))

@@ -254,7 +254,7 @@ class OpenIndex:
         if question.text is not None:
             return text_query(question.text, self._names())
         if question.image is not None:
-            return picture_query(question.image, question.region, self.encoder)
+            return picture_query(question.image, question.region, self._names())
         return like_query(question.like or "", question.region, self._images)
 
     def _answer(self, question: Question, query: Query) -> Answer:

@@ -1,15 +1,18 @@
 """Vectors of names: each is embedded once, by itself, and the last used ones are kept."""
 
+import io
 import threading
 from collections.abc import Sequence
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from PIL import Image
 
 from for_ray.model.bundle import Bundle
 from for_ray.model.encoder import Encoder, load_encoder
 from for_ray.retrieval.names import NameVectors
+from for_ray.retrieval.queries import PictureError, picture_query
 
 
 class Tower:
@@ -46,6 +49,32 @@ def test_the_last_used_names_are_kept() -> None:
     vectors.embed(["b"])
     assert len(tower.asked) == 4
     assert len(vectors) == 2
+
+
+def test_pictures_are_encoded_once_each_way(encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    def picture(color: str) -> bytes:
+        written = io.BytesIO()
+        Image.new("RGB", (80, 60), color).save(written, "PNG")
+        return written.getvalue()
+
+    encoded: list[int] = []
+    features = Encoder.features
+    monkeypatch.setattr(Encoder, "features", lambda self, given: encoded.append(1) or features(self, given))
+    texts, red = NameVectors(encoder), picture("red")
+    regions = [(0.0, 0.0, 0.5, 1.0), (0.5, 0.0, 1.0, 1.0)]
+    first = [picture_query(red, region, texts).terms for region in (None, *regions)]
+    assert len(encoded) == 2  # whole, and by its objects
+    again = [picture_query(red, region, texts).terms for region in (None, *regions)]
+    assert len(encoded) == 2
+    for one, other in zip(first, again, strict=True):
+        np.testing.assert_array_equal(one, other)
+    np.testing.assert_allclose(first[0], encoder.embed_image(red), atol=1e-6)
+    assert picture_query(picture("blue"), None, texts).terms.shape == first[0].shape
+    assert len(encoded) == 4  # one more picture, and once for the reference
+    for _ in range(3):
+        with pytest.raises(PictureError):
+            picture_query(b"no picture", None, texts)
+    assert len(texts.pictures) == 3
 
 
 @pytest.fixture(scope="module")
