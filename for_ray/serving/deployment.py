@@ -135,9 +135,10 @@ def run(
     with ExitStack() as stack:
         cluster = Cluster(stack)
         with _own_signals():
-            _check_room(cluster, served, replicas)
+            gpus = _gpus(cluster, served.device)
+            _check_room(cluster, served, replicas, gpus=gpus)
         _start(host, port, stack)
-        _deploy(application(served, replicas, gpus=_gpus(cluster, served.device)), stack)
+        _deploy(application(served, replicas, gpus=gpus), stack)
         when_up(url_of(host, port))
         _watch()
 
@@ -171,15 +172,23 @@ def _gpus(cluster: Cluster, device: str) -> int:
     return {"cpu": 0, "cuda": 1}.get(device, cluster.task_gpus)
 
 
-def _check_room(cluster: Cluster, served: Served, replicas: Replicas) -> None:
+def _check_room(cluster: Cluster, served: Served, replicas: Replicas, *, gpus: int) -> None:
     """A cluster of this machine alone does not grow: what does not fit would be waited for in vain."""
+    if os.environ.get("RAY_ADDRESS", "") not in ("", "local"):
+        return
     shards = served.num_shards or 0
     needed = replicas.least * (REPLICA_CPUS + 2 * SHARD_CPUS * shards)  # a snapshot opens beside another
     cpus = cluster.resources.get("CPU", 0.0)
-    if os.environ.get("RAY_ADDRESS", "") in ("", "local") and needed > cpus:
+    if needed > cpus:
         raise ConfigError(
             f"{replicas.least} replicas with {shards} shards each reserve {needed:g} CPUs, this machine has "
             f"{cpus:g}: ask for fewer replicas or shards, or name a cluster in RAY_ADDRESS"
+        )
+    has = cluster.resources.get("GPU", 0.0)
+    if replicas.least * gpus > has:
+        raise ConfigError(
+            f"{replicas.least} replicas reserve {replicas.least * gpus} GPUs, this machine has {has:g}: give "
+            "--device cpu, ask for fewer replicas, or name a cluster in RAY_ADDRESS"
         )
 
 

@@ -10,7 +10,17 @@ from types import SimpleNamespace
 import pytest
 
 from for_ray.errors import ConfigError, DataError, StageError, StorageError
-from for_ray.serving.deployment import Replica, Replicas, _check_room
+from for_ray.serving.deployment import (
+    BUSY_REQUESTS,
+    MOST_REQUESTS,
+    MOST_WAITING,
+    REPLICA_CPUS,
+    Replica,
+    Replicas,
+    _check_room,
+    _gpus,
+    application,
+)
 from for_ray.serving.opening import Served
 
 
@@ -74,10 +84,46 @@ def test_what_one_machine_has_no_room_for_is_said_at_once(
     cluster = SimpleNamespace(resources={"CPU": 2.0})
     given = (cluster, Served("index", num_shards=shards), Replicas(replicas, replicas))
     if needed is None:
-        _check_room(*given)
+        _check_room(*given, gpus=0)
     else:
         with pytest.raises(ConfigError, match=f"reserve {needed}, this machine has 2: ask for fewer"):
-            _check_room(*given)
+            _check_room(*given, gpus=0)
+
+
+def test_replicas_without_a_gpu_each_are_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster, served = SimpleNamespace(resources={"CPU": 8.0, "GPU": 1.0}), Served("index", device="auto")
+    monkeypatch.setenv("RAY_ADDRESS", "")
+    _check_room(cluster, served, Replicas(1, 4), gpus=1)
+    _check_room(cluster, served, Replicas(2, 4), gpus=0)
+    with pytest.raises(ConfigError, match="2 replicas reserve 2 GPUs, this machine has 1: give --device cpu"):
+        _check_room(cluster, served, Replicas(2, 4), gpus=1)
+    monkeypatch.setenv("RAY_ADDRESS", "head:6379")
+    _check_room(cluster, served, Replicas(2, 4), gpus=1)
+
+
+@pytest.mark.parametrize(
+    ("device", "cluster_gpus", "gpus"),
+    [("cpu", 1, 0), ("cuda", 1, 1), ("cuda", 0, 1), ("auto", 1, 1), ("auto", 0, 0)],
+)
+def test_what_the_settings_say_is_what_serve_is_asked_for(device: str, cluster_gpus: int, gpus: int) -> None:
+    """With `cuda` a replica waits for a GPU, where the cluster may grow one."""
+    assert _gpus(SimpleNamespace(task_gpus=cluster_gpus), device) == gpus
+    app = application(Served("index", device=device), Replicas(2, 8), gpus=gpus)
+    deployment = app._bound_deployment
+    config = deployment._deployment_config
+    scaling = config.autoscaling_config
+    assert (scaling.min_replicas, scaling.max_replicas) == (2, 8)
+    assert scaling.target_ongoing_requests == BUSY_REQUESTS
+    assert (config.max_ongoing_requests, config.max_queued_requests) == (MOST_REQUESTS, MOST_WAITING)
+    assert deployment.ray_actor_options["num_gpus"] == gpus
+    assert deployment.ray_actor_options["num_cpus"] == REPLICA_CPUS
+
+
+def test_a_replica_tells_where_it_stands_whenever_it_is_looked_at() -> None:
+    replica, told = Replica(Held()), []
+    replica._meters = SimpleNamespace(show=told.append)
+    asyncio.run(replica.check_health())
+    assert told == [replica._service.current]
 
 
 def test_what_is_served_can_be_sent_to_a_replica() -> None:
