@@ -29,8 +29,9 @@ MOST_WAIT = 32
 LOOK_SECONDS = 10.0
 """For which a question waits while a snapshot that it needs is opened for another one."""
 
-MISS_SECONDS = 1.0
-"""Between two looks for a newer snapshot because the current one lacks an image."""
+MISS_SECONDS, MOST_MISS_SECONDS = 1.0, 3.0
+"""Between two looks for a newer snapshot because the current one lacks an image; and for which one waits for
+another's: ids that nobody has told of must not hold up all other pictures."""
 
 
 class SnapshotClosedError(ForRayError):
@@ -135,7 +136,7 @@ class Current:
             if index.image(image_id) is not None or not self._may_look():
                 yield index
                 return
-        self._look()
+        self._look(MOST_MISS_SECONDS)
         with self.lease() as index:
             yield index
 
@@ -170,13 +171,13 @@ class Current:
         while not self._stopped.wait(self._refresh_seconds * min(2**self._num_failed_now, MOST_WAIT)):
             self.refresh()
 
-    def _look(self) -> bool:
+    def _look(self, seconds: float) -> bool:
         """Refresh for a question, unless a refresh that began after this call does so; whether that was done.
 
-        While refreshes fail, the store is left to the thread.
+        One that runs is waited for so long. While refreshes fail, the store is left to the thread.
         """
         begun = self._num_begun
-        if self._num_failed_now or not self._refreshing.acquire(timeout=LOOK_SECONDS):
+        if self._num_failed_now or not self._refreshing.acquire(timeout=seconds):
             return False
         try:
             if self._num_begun == begun:
@@ -257,7 +258,7 @@ class Current:
     def _taken(self, snapshot_id: int | None) -> _Held:
         is_known = True
         if snapshot_id is not None and snapshot_id > self.snapshot_id:
-            is_known = self._look()
+            is_known = self._look(LOOK_SECONDS)
         with self._lock:
             for held in (self._held, self._before):
                 if held is not None and snapshot_id in (None, held.snapshot_id):

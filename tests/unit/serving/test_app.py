@@ -331,28 +331,3 @@ def test_two_pictures_are_decoded_at_once_and_hold_up_no_words(
 def waits(client: TestClient) -> bool:
     """Whether the one place in the queue is taken, as the metrics tell."""
     return "for_ray_questions_waiting 1.0" in client.get("/metrics").text
-
-
-def test_metrics_count_by_route_stage_and_snapshot(served: Served) -> None:
-    client = served.client()
-    for _ in range(3):
-        client.post("/search", json={"text": "a dog", "k": 1})
-    client.post("/search", json={"text": "("})
-    client.get("/nothing/of/this/name")
-    client.get("/thumbnails/0")
-    client.get("/thumbnails/0")
-    lines = client.get("/metrics").text.splitlines()
-    for line in (
-        'for_ray_requests_total{route="/search",status="200"} 3.0',
-        'for_ray_requests_total{route="/search",status="400"} 1.0',
-        'for_ray_requests_total{route="other",status="404"} 1.0',
-        'for_ray_question_seconds_count{stage="total"} 3.0',
-        'for_ray_question_seconds_count{stage="encode"} 3.0',
-        'for_ray_thumbnails_total{source="memory"} 1.0',
-        'for_ray_thumbnails_total{source="made"} 1.0',
-        "for_ray_snapshot_id 1.0",
-        "for_ray_swaps 0.0",
-        "for_ray_failed_refreshes 0.0",
-    ):
-        assert line in lines
-    assert not any("of/this/name" in line for line in lines)
