@@ -125,7 +125,7 @@ def test_accessibility(open_tab: Any, violations: Any, scheme: str) -> None:
     check("nothing found")
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("scheme", ["light", pytest.param("dark", marks=pytest.mark.slow)])
 def test_accessibility_of_the_other_dialogs(
     open_tab: Any, served: Any, locked: str, violations: Any, scheme: str
 ) -> None:
