@@ -19,10 +19,11 @@ vectors there are. Then all are merged into one. Each stage has a Ray of its own
 what they need before its clock starts. Their private memory (RssAnon) is read every 10 ms; what a merge maps
 into memory is the kernel's to take back, and stands apart. Searches take one thread and one query at a time.
 
-Prints what 10^9 vectors take by the plan, and by the plan times what was measured here against it. Exit code
-1 if on the same lists a vector costs over 15 % more time to build, or a task over 15 % more memory, from the
-first size to the last. Below half a million vectors neither says much: a build's fixed costs outweigh the
-rest, and copying the merged file takes as much memory as it has bytes, up to 32 MB.
+Prints what 10^9 vectors take by the plan, and by the plan times what was measured here against it. Exit
+code 1 if on the same lists a vector costs over 15 % more CPU time to build, or a task over 15 % more
+memory, from the first size to the last; the workers' CPU time, for what else runs on the machine stretches
+the other. Below half a million vectors neither says much: a build's fixed costs outweigh the rest, and
+copying the merged file takes as much memory as it has bytes, up to 32 MB.
 """
 
 from __future__ import annotations
@@ -107,14 +108,27 @@ class Trained(NamedTuple):
 
 
 class Watch:
-    """Memory of this process's Ray workers, while the block runs; `private` and `resident` are peaks."""
+    """This process's Ray workers, while the block runs.
+
+    Attributes:
+        private: Bytes that are one worker's own, at its peak.
+        resident: Likewise, with the files that it maps.
+    """
 
     def __init__(self) -> None:
         self.private = self.resident = 0
+        self._began: dict[int, float] = {}
+        self._busy: dict[int, float] = {}
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
 
+    @property
+    def busy(self) -> float:
+        """CPU seconds of all of them in the block."""
+        return sum(seconds - self._began.get(pid, 0.0) for pid, seconds in self._busy.items())
+
     def __enter__(self) -> Watch:
+        self._began = {pid: _cpu_seconds(pid) for pid in _workers()}
         self._thread.start()
         return self
 
@@ -131,6 +145,7 @@ class Watch:
             for pid in pids:
                 private, resident = _memory(pid)
                 self.private, self.resident = max(self.private, private), max(self.resident, resident)
+                self._busy[pid] = max(self._busy.get(pid, 0.0), _cpu_seconds(pid))
             if is_last:
                 return
 
@@ -143,6 +158,15 @@ def _memory(pid: int) -> tuple[int, int]:
         return 0, 0
     found = dict(re.findall(r"^(RssAnon|VmHWM):\s+(\d+) kB", status, re.MULTILINE))
     return 1024 * int(found.get("RssAnon", 0)), 1024 * int(found.get("VmHWM", 0))
+
+
+def _cpu_seconds(pid: int) -> float:
+    """Of a process so far; 0 of one that is gone."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0.0
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def _workers() -> list[int]:
@@ -238,7 +262,8 @@ class Scale:
             "nlist": trained.plan.nlist,
             "tasks": len(built.segments),
             "bytes_a_vector": (num_bytes - len(built.segments) * trained.codec.num_bytes) / size,
-            "build_core_us": 1e6 * build["seconds"] * build["cpus"] / size,
+            "build_seconds": build["seconds"],
+            "build_core_us": 1e6 * build["busy"] / size,
             "reckoned_core_us": None if reckoned is None else 1e6 * reckoned,
             "build_mb": build["private"] / 1e6,
             "vectors_a_task": max(segment.num_vectors for segment in built.segments),
@@ -266,14 +291,13 @@ class Scale:
         """A stage on fresh workers that are ready to go; what it gives, its seconds and its memory."""
         with ExitStack() as stack:
             cluster = Cluster(stack, task_memory_bytes=self._memory)
-            cpus = cluster.task_cpus
             _warm(int(cluster.resources["CPU"]))
             with Watch() as watch:
                 began = time.perf_counter()
                 given = work(cluster)
                 seconds = time.perf_counter() - began
-        found = {"private": watch.private, "resident": watch.resident}
-        return given, {"seconds": seconds, "cpus": cpus, **found}
+        found = {"private": watch.private, "resident": watch.resident, "busy": watch.busy}
+        return given, {"seconds": seconds, **found}
 
 
 def _warm(num_workers: int) -> None:
@@ -378,7 +402,7 @@ def _keys(lines: Sequence[dict[str, Any]]) -> list[tuple[str, int]]:
 def _median(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The runs of one size as one line; times also with how far they lie apart, memory at its worst."""
     line = dict(runs[0]) | {"runs": len(runs)}
-    for name in {"build_core_us", "merge_seconds", "merge_ns_a_byte"} & set(line):
+    for name in {"build_seconds", "build_core_us", "merge_seconds", "merge_ns_a_byte"} & set(line):
         line[name] = statistics.median(run[name] for run in runs)
     for name in {"build_mb", "merge_mb", "merge_mapped_mb"} & set(line):
         line[name] = max(run[name] for run in runs)
@@ -456,7 +480,8 @@ COLUMNS = {
     "runs": ("runs", "{}"),
     "nlist": ("nlist", "{:,}"),
     "tasks": ("build tasks", "{}"),
-    "build_core_us": ("build, core µs a vector", "{:.2f}"),
+    "build_seconds": ("build, s", "{:.1f}"),
+    "build_core_us": ("CPU µs a vector", "{:.2f}"),
     "spread": ("apart", "{:.0%}"),
     "reckoned_core_us": ("reckoned", "{:.2f}"),
     "build_mb": ("build task, MB", "{:.0f}"),
