@@ -108,7 +108,7 @@ def classes_of(images: LabelledImages, *, why: str) -> NDArray[np.int64]:
         )
     num_classes = len(np.unique(images.labels.values))
     if num_classes < 2:
-        raise DataError(f"{why} needs two classes at least: {images.name} has {num_classes}")
+        raise DataError(f"{why} needs two classes at least: {images.name} has {num_classes}; add others")
     classes = np.full(len(images), -1, np.int64)
     classes[counts == 1] = images.labels.values
     return classes

@@ -227,7 +227,9 @@ class TowerTrainer(Trainer):
     ) -> None:
         super().__init__(objective.eval(), dtype=dtype)
         self._settings, self._adam = settings, adam
-        self.optimizer = torch.optim.AdamW(_groups(self.trained, adam), lr=adam.lr, betas=BETAS)
+        self.optimizer = torch.optim.AdamW(
+            _groups(self.trained, adam), lr=adam.lr, betas=BETAS, fused=self.device.type == "cuda"
+        )
 
     def step(self, batch: ImageBatch | PairBatch, *, step: int) -> dict[str, LossMean]:
         """Learn from one global batch; this worker has its part of it, at least one image.
@@ -346,11 +348,24 @@ def load_clip(bundle: Bundle) -> nn.Module:
     return clip
 
 
-def embed(clip: nn.Module, batches: Iterable[Tensor]) -> Tensor:
-    """Unit vectors [B, D] of batches of normalised pixels, on the CPU."""
+def embed(
+    clip: nn.Module, batches: Iterable[Tensor], *, dim: int, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Unit vectors [B, D], float16, of batches of normalised pixels, on the device of these.
+
+    Args:
+        clip: Its image tower looks at them.
+        batches: May be none.
+        dim: D.
+        dtype: Of the computation: float32, or a lower one by autocast.
+    """
+    parts = [torch.empty(0, dim, dtype=torch.float16)]
     with torch.inference_mode():
-        parts = [functional.normalize(clip.encode_image(each).float(), dim=1).cpu() for each in batches]  # type: ignore[operator]
-    return torch.cat(parts)
+        for pixels in batches:
+            with torch.autocast(pixels.device.type, dtype=dtype, enabled=dtype != torch.float32):
+                vectors = clip.encode_image(pixels)  # type: ignore[operator]
+            parts.append(functional.normalize(vectors.float(), dim=1).half())
+    return torch.cat([part.to(parts[-1].device) for part in parts])
 
 
 def save_tuned(

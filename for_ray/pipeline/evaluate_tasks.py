@@ -89,9 +89,14 @@ def open_images(settings: EvaluateSettings) -> ClassImages | CaptionedImages:
         return open_captioned(settings.dataset)
     dataset = open_dataset(settings.dataset, split=settings.split)
     found = ClassImages.of(dataset, why=f"--task {settings.task}")
-    if settings.task == "image-to-image" and np.bincount(found.classes).max() < 2:
-        raise DataError(f"--task image-to-image: no class of {found.name} has two images to find each other")
+    if _is_with_itself(settings) and np.bincount(found.classes).max() < 2:
+        raise DataError(f"--task {settings.task}: no class of {found.name} has two images to find each other")
     return found
+
+
+def _is_with_itself(settings: EvaluateSettings) -> bool:
+    """Whether the images of a set are to find each other."""
+    return settings.task == "image-to-image" or (settings.task == "knn" and settings.gallery is None)
 
 
 def run_task(settings: EvaluateSettings, *, progress: Progress) -> TaskEvaluation:
@@ -182,7 +187,10 @@ class TaskRun:
         is_read = embedded.is_read
         classes, vectors = _some(images.classes[is_read], images.name), embedded.select(is_read)
         if self._settings.task == "knn":
-            return {"accuracy": self._knn(bundle, vectors, classes)}, len(classes), num_classes
+            alone = {}
+            if self._gallery is None:  # without a neighbour of their class they are wrong in any case
+                alone = {"alone_in_their_class": int((np.bincount(classes) == 1).sum())}
+            return {"accuracy": self._knn(bundle, vectors, classes)}, len(classes), num_classes | alone
         if np.bincount(classes).max() < 2:
             num_unread = len(images.uris) - len(classes)
             raise DataError(

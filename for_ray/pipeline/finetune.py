@@ -97,32 +97,41 @@ class _Val(NamedTuple):
     dataset: LabelledImages
 
 
-class HeadTuning:
-    """One run of the job, of recipe `for`."""
+class Tuning:
+    """One run of the job, of whatever recipe: who inherits reads the data, and knows what is learnt from it.
+
+    Args:
+        settings: The job's.
+        progress: Where the stages are told.
+    """
+
+    bundle: Bundle
 
     def __init__(self, settings: FinetuneSettings, progress: Progress) -> None:
         self.started = time.monotonic()
         self.settings, self.progress = settings, progress
         self.layout = FinetuneLayout(canonical_uri(settings.output))
-        self.labels = open_labels(canonical_uri(settings.labels)) if settings.labels else None
-        self.bundle = _open_encoder(settings, self.labels)
-        self.freeze = _choose_freeze(settings, is_resnet=catalog.is_resnet(self.bundle.model_config))
-        with progress.stage("read") as update:
-            self.dataset = open_dataset(settings.dataset, split=settings.split)
-            update(len(self.dataset))
-        progress.say(self.dataset.describe())
-        self.base = _base_categories(self.dataset)
-        self.found = self._find(self.dataset, self.labels, num_categories=len(self.base))
-        self.parts: Parts = part_images(
-            self.found,
-            self.labels,
-            held_out=settings.held_out,
-            labelled_fraction=settings.labelled_fraction,
-            fold=settings.fold,
-            labelled_only=not settings.has_pse,
-        )
-        self.val = self._find_val()
-        _check_parts(settings, self.parts)
+
+    @property
+    def dataset_name(self) -> str:
+        """What the report calls the data set."""
+        raise NotImplementedError
+
+    @property
+    def bundle_name(self) -> str:
+        """What people will call the encoder."""
+        raise NotImplementedError
+
+    def work(self) -> FinetuneJob | TowerJob:
+        """What the workers have to know."""
+        raise NotImplementedError
+
+    def check_images(self) -> None:
+        """Look at what a run that begins would find out late."""
+
+    def _record(self) -> FinetuneRun:
+        """What this run is, before it has any result."""
+        raise NotImplementedError
 
     def train(self) -> FinetuneSummary:
         """Everything from here on is written to the output."""
@@ -134,6 +143,7 @@ class HeadTuning:
             from for_ray.model.towers import check_weights
 
             check_weights(self.bundle)
+            self.check_images()
         check_writable(self.layout.output_uri)
         with contextlib.ExitStack() as stack:
             cluster = Cluster(stack)
@@ -183,6 +193,59 @@ class HeadTuning:
                 on_epoch=tell,
             )
 
+    def _record_before(self, run: FinetuneRun) -> FinetuneRun | None:
+        """What the output says of this run; another one there is refused."""
+        if not exists(self.layout.run_uri):
+            return None
+        try:
+            before = FinetuneRun.model_validate_json(read_bytes(self.layout.run_uri))
+        except ValueError as error:
+            reason = " ".join(str(error).split())[:120]
+            raise DataError(f"{self.layout.run_uri} is no record of a fine-tuning: {reason}") from error
+        if before.identity != run.identity:
+            raise ConfigError(_another_run(self.layout, before, run))
+        return before
+
+    def _write(self, run: FinetuneRun) -> None:
+        write_bytes(self.layout.run_uri, run.model_dump_json(indent=1).encode())
+
+    def _nothing_to_do(self, run: FinetuneRun) -> FinetuneSummary:
+        return self._summary(run, f"trained before: {len(run.epochs)} epochs; nothing to do")
+
+    def _summary(self, run: FinetuneRun, message: str) -> FinetuneSummary:
+        return FinetuneSummary.of(
+            run,
+            bundle_uri=self.layout.bundle_uri,
+            seconds=time.monotonic() - self.started,
+            message=message,
+        )
+
+
+class HeadTuning(Tuning):
+    """One run of the job, of recipe `for`."""
+
+    def __init__(self, settings: FinetuneSettings, progress: Progress) -> None:
+        super().__init__(settings, progress)
+        self.labels = open_labels(canonical_uri(settings.labels)) if settings.labels else None
+        self.bundle = _open_encoder(settings, self.labels)
+        self.freeze = _choose_freeze(settings, is_resnet=catalog.is_resnet(self.bundle.model_config))
+        with progress.stage("read") as update:
+            self.dataset = open_dataset(settings.dataset, split=settings.split)
+            update(len(self.dataset))
+        progress.say(self.dataset.describe())
+        self.base = _base_categories(self.dataset)
+        self.found = self._find(self.dataset, self.labels, num_categories=len(self.base))
+        self.parts: Parts = part_images(
+            self.found,
+            self.labels,
+            held_out=settings.held_out,
+            labelled_fraction=settings.labelled_fraction,
+            fold=settings.fold,
+            labelled_only=not settings.has_pse,
+        )
+        self.val = self._find_val()
+        _check_parts(settings, self.parts)
+
     @property
     def dataset_name(self) -> str:
         """What the report calls the data set."""
@@ -219,19 +282,6 @@ class HeadTuning:
         labels = open_labels(canonical_uri(settings.val_labels)) if settings.val_labels else None
         return _Val(self._find(dataset, labels, num_categories=len(dataset.categories)), dataset)
 
-    def _record_before(self, run: FinetuneRun) -> FinetuneRun | None:
-        """What the output says of this run; another one there is refused."""
-        if not exists(self.layout.run_uri):
-            return None
-        try:
-            before = FinetuneRun.model_validate_json(read_bytes(self.layout.run_uri))
-        except ValueError as error:
-            reason = " ".join(str(error).split())[:120]
-            raise DataError(f"{self.layout.run_uri} is no record of a fine-tuning: {reason}") from error
-        if before.identity != run.identity:
-            raise ConfigError(_another_run(self.layout, before, run))
-        return before
-
     def _record(self) -> FinetuneRun:
         """What this run is, before it has any result."""
         train, held_out, _ = self.parts
@@ -250,8 +300,8 @@ class HeadTuning:
             num_missing=self.found.num_missing,
         )
 
-    def work(self) -> FinetuneJob | TowerJob:
-        """What the workers have to know, of whatever recipe."""
+    def work(self) -> FinetuneJob:
+        """What the workers have to know."""
         return self.job()
 
     def job(self) -> FinetuneJob:
@@ -300,20 +350,6 @@ class HeadTuning:
         """In the ranking loss a larger weight gains on base categories, and loses on novel ones."""
         default = RANK_GAMMA_SUP if self.settings.objective == "rank" else 1.0
         return default if self.settings.gamma_sup is None else self.settings.gamma_sup
-
-    def _write(self, run: FinetuneRun) -> None:
-        write_bytes(self.layout.run_uri, run.model_dump_json(indent=1).encode())
-
-    def _nothing_to_do(self, run: FinetuneRun) -> FinetuneSummary:
-        return self._summary(run, f"trained before: {len(run.epochs)} epochs; nothing to do")
-
-    def _summary(self, run: FinetuneRun, message: str) -> FinetuneSummary:
-        return FinetuneSummary.of(
-            run,
-            bundle_uri=self.layout.bundle_uri,
-            seconds=time.monotonic() - self.started,
-            message=message,
-        )
 
 
 def _open_encoder(settings: FinetuneSettings, labels: LabelTable | None) -> Bundle:

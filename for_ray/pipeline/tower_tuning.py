@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -25,14 +24,14 @@ from for_ray.datasets.labelled import Ragged
 from for_ray.datasets.spec import open_dataset
 from for_ray.errors import ConfigError, DataError
 from for_ray.model.bundle import open_bundle
-from for_ray.pipeline.finetune import DEFAULT_ENCODER, UNDECISIVE, HeadTuning
-from for_ray.schema import FinetuneLayout, FinetuneRun
+from for_ray.pipeline.finetune import DEFAULT_ENCODER, UNDECISIVE, Tuning
+from for_ray.schema import FinetuneRun
 from for_ray.stages.caption_table import CaptionTable, read_table
 from for_ray.stages.finetune_report import FinetuneSummary
 from for_ray.stages.progress import Progress
 from for_ray.stages.training_data import digest
 from for_ray.stages.training_images import TrainingImages
-from for_ray.storage import canonical_uri, join_uri
+from for_ray.storage import join_uri
 
 if TYPE_CHECKING:
     from for_ray.model.tower_tuning import AdamWSettings, TuneSettings
@@ -68,6 +67,10 @@ def make_tower_job(settings: FinetuneSettings) -> TowerJob:
     return run.work()
 
 
+NUM_LOOKED_AT = 32
+"""Images that are opened before the workers start."""
+
+
 class _Dataset(NamedTuple):
     """What messages call the images, and what they are trained with.
 
@@ -88,13 +91,11 @@ class _Dataset(NamedTuple):
     texts: tuple[str, ...] = ()
 
 
-class TowerTuning(HeadTuning):
+class TowerTuning(Tuning):
     """One run of the job, of a recipe that tunes towers."""
 
     def __init__(self, settings: FinetuneSettings, progress: Progress) -> None:
-        self.started = time.monotonic()
-        self.settings, self.progress = settings, progress
-        self.layout = FinetuneLayout(canonical_uri(settings.output))
+        super().__init__(settings, progress)
         self.bundle = open_bundle(
             settings.encoder or DEFAULT_ENCODER, head="clip", image_size=settings.image_size
         )
@@ -135,6 +136,27 @@ class TowerTuning(HeadTuning):
             read_threads=settings.read_threads,
             max_bad_fraction=settings.max_bad_fraction,
         )
+
+    def check_images(self) -> None:
+        """Look at some of the images: an epoch is late to find out that they lie elsewhere.
+
+        Raises:
+            DataError: None of those that were looked at can be read.
+            StorageError: The store refused.
+        """
+        from for_ray.stages.training_images import look_at
+
+        looked = look_at(self.towers.images, self.bundle.config, most=NUM_LOOKED_AT)
+        if not looked.problems:
+            return
+        num_bad, worst = len(looked.problems), looked.problems[0]
+        found = (
+            f"{num_bad} of {looked.num_images} images of {self.towers.name} that were looked at cannot be "
+            f"read: {worst}"
+        )
+        if num_bad == looked.num_images:
+            raise DataError(found)
+        self.progress.say(f"{found}; an epoch tells of all")
 
     def _vectors_uri(self) -> str:
         """Named after what decides the vectors: those of another encoder are never taken for these."""

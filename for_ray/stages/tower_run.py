@@ -63,6 +63,15 @@ class TowerRun:
         self.bundle: Bundle = open_bundle(job.bundle_uri)
         self.device = torch.device(device)
         self.clip = load_clip(self.bundle).to(self.device)
+        self._layout = torch.contiguous_format
+        if self.device.type == "cuda":  # convolutions of low precision want it so
+            self._layout = torch.channels_last
+            self.clip.to(memory_format=torch.channels_last)
+        config = self.bundle.config
+        self._mean, self._std = (
+            255 * torch.tensor(values, device=self.device).view(1, 3, 1, 1)
+            for values in (config.mean, config.std)
+        )
         self._reader = BatchReader(
             job.images,
             self.bundle.config,
@@ -79,8 +88,8 @@ class TowerRun:
             if self._is_pairs
             else ClassObjective(self.clip, job.num_classes, self.bundle.dim, job.tune)
         )
-        dtype = choose_dtype(job.precision, self.device)
-        self.trainer = TowerTrainer(objective.to(self.device), job.tune, job.adam, dtype=dtype)
+        self._dtype = choose_dtype(job.precision, self.device)
+        self.trainer = TowerTrainer(objective.to(self.device), job.tune, job.adam, dtype=self._dtype)
         self.history: list[EpochMetrics] = []
 
     @property
@@ -103,22 +112,20 @@ class TowerRun:
         if self._is_pairs and self._vectors is None:
             self._embed_images()
         batches = epoch_batches(len(self._rows), batch_size=job.batch_size, seed=job.seed, epoch=epoch)
-        curve, num_unreadable = LossCurve(len(batches)), self._num_unreadable
+        curve, self._num_unreadable = LossCurve(len(batches)), self._num_unreadable if self._is_pairs else 0
         coming: Iterator[ImageBatch | PairBatch] = (
             self._pairs(batches, epoch) if self._is_pairs else self._images(batches)
         )
         for index, batch in enumerate(coming):
-            if isinstance(batch, ImageBatch):
-                num_unreadable += int((~batch.is_known).sum())
             curve.add(self.trainer.step(batch, step=epoch * len(batches) + index))
         self.trainer.check(epoch)
         if not self._is_pairs:
-            num_unreadable = sum(self._gather(num_unreadable))
-            self._check_readable(num_unreadable)
+            self._num_unreadable = self._sum(self._num_unreadable)
+            self._check_readable(self._num_unreadable)
         metrics = EpochMetrics(
             epoch=epoch + 1,
             lr=job.adam.lr_at((epoch + 1) * len(batches) - 1),
-            num_unreadable=num_unreadable,
+            num_unreadable=self._num_unreadable,
             seconds=time.monotonic() - started,
             **(curve.totals(epoch * len(batches)) | {"num_matched": {}, "num_dropped": {}}),
         )
@@ -146,14 +153,12 @@ class TowerRun:
 
         mine = [rows[self._rank :: self._world] for rows in batches]
         for rows, own, read in zip(batches, mine, self._reader.batches(mine), strict=True):
-            captions, is_own = self._captions(rows, own)
-            yield ImageBatch(
-                self._normalised(read),
-                torch.from_numpy(self.job.images.labels.select(own).values.astype(np.int64)).to(self.device),
-                read.is_readable.to(self.device),
-                torch.from_numpy(captions).to(self.device),
-                torch.from_numpy(is_own).to(self.device),
-            )
+            self._num_unreadable += int((~read.is_readable).sum())  # counted here, on the CPU: no waiting
+            classes = self.job.images.labels.select(own).values.astype(np.int64)
+            parts = (torch.from_numpy(each) for each in (classes, *self._captions(rows, own)))
+            labels, captions, is_own = (each.to(self.device, non_blocking=True) for each in parts)
+            is_known = read.is_readable.to(self.device, non_blocking=True)
+            yield ImageBatch(self._normalised(read), labels, is_known, captions, is_own)
 
     def _captions(
         self, rows: NDArray[np.int64], own: NDArray[np.int64]
@@ -170,16 +175,10 @@ class TowerRun:
         return vectors[used].astype(np.float32), is_own
 
     def _normalised(self, read: ReadBatch) -> Tensor:
-        import torch
-
         if read.pixels is None:
             raise ValueError("the towers are tuned from pixels")
-        config = self.bundle.config
-        mean, std = (
-            255 * torch.tensor(values, device=self.device).view(1, 3, 1, 1)
-            for values in (config.mean, config.std)
-        )
-        return (read.pixels.to(self.device, non_blocking=True).float() - mean) / std
+        pixels = read.pixels.to(self.device, non_blocking=True).float()
+        return ((pixels - self._mean) / self._std).contiguous(memory_format=self._layout)
 
     def _check_readable(self, num_unreadable: int) -> None:
         job = self.job
@@ -193,7 +192,6 @@ class TowerRun:
 
     def _embed_images(self) -> None:
         """Vectors of all images, once; what cannot be read is left out of the training."""
-        import torch
         from safetensors.torch import load, save
 
         job = self.job
@@ -201,10 +199,7 @@ class TowerRun:
             kept = load(read_bytes(job.vectors_uri))
             vectors, is_readable = kept["vectors"], kept["is_readable"]
         else:
-            vectors = torch.zeros(len(job.images), self.bundle.dim, dtype=torch.float16)
-            is_readable = torch.zeros(len(job.images), dtype=torch.bool)
-            for rank, (found, readable) in enumerate(self._gather(self._embed_mine())):
-                vectors[rank :: self._world], is_readable[rank :: self._world] = found, readable
+            vectors, is_readable = (self._gather(mine, len(job.images)) for mine in self._embed_mine())
             if self._rank == 0:
                 write_bytes(job.vectors_uri, save({"vectors": vectors, "is_readable": is_readable}))
         self._rows = np.flatnonzero(is_readable.numpy())
@@ -213,20 +208,20 @@ class TowerRun:
         self._vectors = vectors
 
     def _embed_mine(self) -> tuple[Tensor, Tensor]:
-        """Vectors [b, D], float16, of this worker's images, and which could be read [b]."""
+        """Vectors [b, D], float16, of this worker's images, and which could be read [b]; on its device."""
         import torch
 
         rows = np.arange(len(self.job.images))[self._rank :: self._world]
         parts = np.array_split(rows, max(1, -(-len(rows) * self._world // self.job.batch_size)))
-        readable: list[Tensor] = []
+        readable = [torch.zeros(0, dtype=torch.bool)]
 
         def pixels() -> Iterator[Tensor]:
             for read in self._reader.batches(parts):
                 readable.append(read.is_readable)
                 yield self._normalised(read)
 
-        vectors = embed(self.clip, pixels()).half()
-        return vectors, torch.cat(readable)
+        vectors = embed(self.clip, pixels(), dim=self.bundle.dim, dtype=self._dtype)
+        return vectors, torch.cat(readable).to(self.device)
 
     def _pairs(self, batches: list[NDArray[np.int64]], epoch: int) -> Iterator[PairBatch]:
         import torch
@@ -249,15 +244,36 @@ class TowerRun:
         own = self.job.of_image.row(row)
         return self.job.caption_texts[int(own[int(rng.integers(len(own)))])]
 
-    def _gather(self, mine: Any) -> list[Any]:
-        """What every worker has, by rank."""
+    def _gather(self, mine: Tensor, num_rows: int) -> Tensor:
+        """All rows [B, …], on the CPU; worker r has r, r + world and so on."""
+        import torch
+
         if self._world == 1:
-            return [mine]
+            return mine.cpu()
         from torch import distributed
 
-        found: list[Any] = [None] * self._world
-        distributed.all_gather_object(found, mine)
+        most = -(-num_rows // self._world)  # tensors of one shape go without being pickled
+        padded = torch.zeros(most, *mine.shape[1:], dtype=mine.dtype, device=self.device)
+        padded[: len(mine)] = mine
+        parts = [torch.empty_like(padded) for _ in range(self._world)]
+        distributed.all_gather(parts, padded)
+        found = torch.zeros(num_rows, *mine.shape[1:], dtype=mine.dtype)
+        for rank, part in enumerate(parts):
+            rows = found[rank :: self._world]
+            rows.copy_(part[: len(rows)])
         return found
+
+    def _sum(self, mine: int) -> int:
+        """Over all workers."""
+        import torch
+
+        if self._world == 1:
+            return mine
+        from torch import distributed
+
+        total = torch.tensor(mine, device=self.device)
+        distributed.all_reduce(total)
+        return int(total)
 
 
 def make_tokens(bundle: Bundle) -> Any:

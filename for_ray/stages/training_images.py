@@ -181,20 +181,55 @@ class BatchReader:
 
     def _decode(self, row: int) -> NDArray[np.uint8] | None:
         """Pixels of an image; None where it is gone, changed or no image: the run counts these."""
-        images, config = self._images, self._config
-        if images.uris is None:
-            raise ValueError("the images have no uris")
-        uri, etag = images.uris[row].as_py(), images.etags[row].as_py() if images.etags is not None else None
         try:
-            raw = read_image(uri, etag) if etag else read_bytes(uri)
-            return decode(
-                raw,
-                image_size=config.image_size,
-                resize_mode=config.resize_mode,
-                interpolation=config.interpolation,
-            ).pixels
+            return _decoded(self._images, self._config, row)
         except DataError:
             return None
+
+
+class Looked(NamedTuple):
+    """Some images that were opened: how many, and what is wrong with each that cannot be read."""
+
+    num_images: int
+    problems: list[str]
+
+
+def look_at(images: TrainingImages, config: EncoderConfig, *, most: int) -> Looked:
+    """Open some of the images, all over the set.
+
+    Args:
+        images: That have uris.
+        config: How pixels reach the model.
+        most: How many.
+
+    Raises:
+        StorageError: The store refused, or the network failed again and again.
+    """
+    rows = np.unique(np.linspace(0, len(images) - 1, min(most, len(images))).astype(np.int64))
+
+    def problem_of(row: int) -> str | None:
+        try:
+            _decoded(images, config, row)
+        except DataError as error:
+            return str(error)
+        return None
+
+    with ThreadPoolExecutor(len(rows)) as pool:
+        return Looked(len(rows), [found for found in pool.map(problem_of, rows.tolist()) if found])
+
+
+def _decoded(images: TrainingImages, config: EncoderConfig, row: int) -> NDArray[np.uint8]:
+    """Pixels of an image; `DataError` where it is gone, changed or no image."""
+    if images.uris is None:
+        raise ValueError("the images have no uris")
+    uri, etag = images.uris[row].as_py(), images.etags[row].as_py() if images.etags is not None else None
+    raw = read_image(uri, etag) if etag else read_bytes(uri)
+    return decode(
+        raw,
+        image_size=config.image_size,
+        resize_mode=config.resize_mode,
+        interpolation=config.interpolation,
+    ).pixels
 
 
 def _pseudo_labels(taken: pa.Table | None, num_rows: int) -> NDArray[np.int64]:

@@ -107,8 +107,10 @@ def test_what_cannot_be_measured_is_refused(ray_address, book, tmp_path):
     (tmp_path / "alone.csv").write_text("uri,label\n/1.jpg,a\n/2.jpg,b\n")
     with pytest.raises(DataError, match="no class of labels alone has two images"):
         measure(f"labels:{tmp_path}/alone.csv", "image-to-image")
-    with pytest.raises(StageError, match="2 of the data set's 2 images cannot be measured"):
+    with pytest.raises(DataError, match="--task knn: no class of labels alone has two images"):
         measure(f"labels:{tmp_path}/alone.csv", "knn")
+    with pytest.raises(StageError, match="2 of the data set's 2 images cannot be measured"):
+        measure(f"labels:{tmp_path}/alone.csv", "zero-shot")
     with pytest.raises(DataError, match="there is nothing to measure"):
         measure(f"labels:{tmp_path}/alone.csv", "zero-shot", max_bad_fraction=1)
     with pytest.raises(ConfigError, match="no captioned images"):

@@ -85,6 +85,7 @@ def test_each_recipe_has_its_papers_defaults():
         (["--recipe", "mcip"], "needs --captions"),
         (["--recipe", "gpr", "--captions", "c"], "needs --captions"),
         (["--recipe", "gpr", "--slots", "5"], "--slots: not a setting of recipe gpr"),
+        (["--recipe", "realign", "--val", "labels:a"], "^--val: not a setting of recipe realign$"),
         (["--losses", "sup", "--margin", "0.2"], "--margin: not a setting of recipe for"),
         (
             ["--recipe", "gpr", "--gamma-captions", "2", "--caption-threshold", "0.3"],
@@ -169,6 +170,25 @@ def test_two_workers_draw_the_captions_that_one_draws(given, home, tmp_path):
             assert torch.equal(part.images, torch.cat([whole.images[0::2], whole.images[1::2]]))
 
 
+@pytest.mark.parametrize("num_rows", [4, 5])
+def test_rows_of_two_workers_are_put_together_in_order(given, home, monkeypatch, num_rows):
+    rows = torch.arange(2 * num_rows).reshape(num_rows, 2).half()
+    sent: list[torch.Tensor] = []
+
+    def all_gather(parts, padded):
+        """Both workers' parts come, padded to one shape."""
+        sent.append(padded)
+        for rank, part in enumerate(parts):
+            part.zero_()[: len(rows[rank::2])] = rows[rank::2]
+
+    monkeypatch.setattr("torch.distributed.all_gather", all_gather)
+    job = make_tower_job(settings_of(given, home, "realign"))
+    for rank in range(2):
+        run = TowerRun(job, device="cpu", rank=rank, world=2)
+        assert torch.equal(run._gather(rows[rank::2], num_rows), rows)
+    assert [each.shape for each in sent] == [(-(-num_rows // 2), 2)] * 2
+
+
 def test_classes_are_learnt(given, home):
     """The images that are trained on come nearer to their classes' proxies."""
     run = tune_here(make_tower_job(settings_of(given, home, "gpr", epochs=6, lr=1e-3)))
@@ -192,6 +212,26 @@ def test_unreadable_images_are_counted_and_too_many_stop_it(given, home, tmp_pat
     changes = {"dataset": f"pairs:{tmp_path}/pairs.csv", "max_bad_fraction": 0.1}
     job = make_tower_job(settings_of(given, home, "realign", **changes, output=f"{given['output']}-3"))
     assert tune_here(job).history[-1].num_unreadable == 1
+
+
+def test_some_images_are_looked_at_before_the_workers_start(given, home, tmp_path):
+    heard: list[str] = []
+    progress = Progress(is_quiet=True)
+    progress.say = heard.append  # type: ignore[method-assign]
+    rows = (home / "set" / "labels.csv").read_text().replace("images/", f"{home}/set/images/")
+    (tmp_path / "set.csv").write_text(f"{rows}{tmp_path}/none.jpg,a\n")
+    TowerTuning(
+        settings_of(given, home, "gpr", dataset=f"labels:{tmp_path}/set.csv"), progress
+    ).check_images()
+    assert (
+        f"1 of 13 images of labels set that were looked at cannot be read: {tmp_path}/none.jpg" in heard[-1]
+    )
+    (tmp_path / "set.csv").write_text("uri,label\n/none/1.jpg,a\n/none/2.jpg,b\n")
+    with pytest.raises(DataError, match=r"2 of 2 images of labels set .* cannot be read: /none/1.jpg is not"):
+        run_tower_tuning(
+            settings_of(given, home, "gpr", dataset=f"labels:{tmp_path}/set.csv"), progress=QUIET
+        )
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_is_left_out_is_counted(given, home, tmp_path):
