@@ -14,9 +14,10 @@ import pyarrow as pa
 from for_ray.index import table
 from for_ray.model.preprocess import decode
 from for_ray.schema import images_schema
-from for_ray.stages.blocks import ImageJob, read_block
+from for_ray.stages.blocks import ImageJob
 from for_ray.stages.diff import Gap, write_gap
 from for_ray.stages.listing import Listing, write_listing
+from for_ray.stages.reading import read_block
 from for_ray.storage import delete, list_objects, write_bytes
 from tests.bad_images import picture, saved
 

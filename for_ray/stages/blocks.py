@@ -1,20 +1,14 @@
-"""What the workers of a stage do with a block of images: read, encode, write.
+"""What the workers of a stage do with a block of images that has been read: encode, write.
 
 A job says what they have to know: `ImageJob` where an encoder looks at images, `TableJob` where rows of a
 table come of it, `EncodeJob` where these are the vectors of an index. Other stages bring jobs of their own.
-
-What a row can't be blamed for (the network, the credentials) is raised; what it can becomes its `error`.
 """
 
 from __future__ import annotations
 
 import datetime
 import warnings
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 
 import numpy as np
@@ -22,13 +16,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from for_ray.errors import DataError, StorageError
 from for_ray.index.table import write_fragments
 from for_ray.model.bundle import Bundle, open_bundle
-from for_ray.model.preprocess import Interpolation, ResizeMode, decode, uncrop_boxes
+from for_ray.model.preprocess import Interpolation, ResizeMode, uncrop_boxes
 from for_ray.schema import BOXES_TYPE, pack_boxes, vectors_type
-from for_ray.stages.apart import Apart, Decode
-from for_ray.storage import ObjectChanged, ObjectDenied, ObjectGone, read_image
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,9 +30,8 @@ BLOCK_BYTES = 48 * 2**20
 FRAGMENT_BYTES = 128 * 2**20
 """Vectors of a fragment, at most: what a writing task holds in memory."""
 
-OK, GONE, CHANGED, _DENIED = range(4)
-"""The `status` of a row on its way: to be stored, or passed over: deleted, replaced since the listing. Denied
-are rows of which it is not known yet whether others can be read."""
+OK, GONE, CHANGED = range(3)
+"""The `status` of a row on its way: to be stored, or passed over: deleted, replaced since the listing."""
 
 
 @dataclass(frozen=True)
@@ -198,87 +188,6 @@ class EncodeCounts(NamedTuple):
     def total(self) -> int:
         """Rows that went through the stage."""
         return self.stored + self.skipped
-
-
-# Reading: a task
-
-
-def read_block(block: pa.Table, *, job: ImageJob, is_apart: bool = False) -> pa.Table:
-    """Fetch and decode a block of the gap.
-
-    Args:
-        block: `LISTING_SCHEMA` and metadata columns.
-        job: The job.
-        is_apart: Decode in a child process: slower, but an image that kills its process is quarantined.
-
-    Returns:
-        The same rows with `width`, `height`, `error`, `status` and `pixels` [3 * S * S] uint8; the rows that
-        have pixels come first, so that the encoder sees them in one piece.
-
-    Raises:
-        StorageError: The store refused all rows, or the network failed again and again.
-    """
-    size = job.image_size
-    pixels = np.zeros((block.num_rows, 3, size, size), np.uint8)
-    rows = zip(range(block.num_rows), block["uri"].to_pylist(), block["etag"].to_pylist(), strict=True)
-    num_threads = min(job.read_threads, max(block.num_rows, 1))
-    with _decoder(job, is_apart=is_apart) as decode_with, ThreadPoolExecutor(num_threads) as pool:
-        outcomes = list(pool.map(partial(_read_row, pixels=pixels, decode_with=decode_with), rows))
-    outcomes = _with_denied(outcomes)
-    columns = list(zip(*outcomes, strict=True)) or [(), (), (), ()]
-    for name, kind, values in zip(_READ_COLUMNS, _READ_COLUMNS.values(), columns, strict=True):
-        block = block.append_column(name, pa.array(values, kind))
-    has_pixels = np.asarray(pc.is_valid(block["width"]))
-    if not has_pixels.all():
-        order = np.argsort(~has_pixels, kind="stable")
-        block, pixels = block.take(order), pixels[order]
-    flat = pa.FixedSizeListArray.from_arrays(pa.array(pixels.reshape(-1)), 3 * size * size)
-    return block.append_column("pixels", flat)
-
-
-_READ_COLUMNS = {"width": pa.int32(), "height": pa.int32(), "error": pa.string(), "status": pa.int8()}
-
-_Outcome = tuple[int | None, int | None, str | None, int]
-
-
-@contextmanager
-def _decoder(job: ImageJob, *, is_apart: bool) -> Iterator[Decode]:
-    here = partial(
-        decode, image_size=job.image_size, resize_mode=job.resize_mode, interpolation=job.interpolation
-    )
-    if not is_apart:
-        yield here
-        return
-    with Apart(here) as there:
-        yield there.decode
-
-
-def _read_row(row: tuple[int, str, str], *, pixels: NDArray[np.uint8], decode_with: Decode) -> _Outcome:
-    position, uri, etag = row
-    try:
-        decoded = decode_with(read_image(uri, etag))
-    except ObjectGone:
-        return None, None, None, GONE
-    except ObjectChanged:
-        return None, None, None, CHANGED
-    except ObjectDenied as error:
-        return None, None, str(error), _DENIED
-    except DataError as error:
-        return None, None, str(error), OK
-    pixels[position] = decoded.pixels
-    return decoded.width, decoded.height, None, OK
-
-
-def _with_denied(outcomes: list[_Outcome]) -> list[_Outcome]:
-    """What may not be read is quarantined; where none of several may be, it is the credentials' fault."""
-    denied = [reason for _, _, reason, status in outcomes if status == _DENIED]
-    if len(denied) == len(outcomes) > 1:
-        raise StorageError(denied[0])
-    return [_quarantined(outcome) if outcome[3] == _DENIED else outcome for outcome in outcomes]
-
-
-def _quarantined(denied: _Outcome) -> _Outcome:
-    return None, None, f"{denied[2]}; then run with --retry-quarantined", OK
 
 
 # Encoding: an actor

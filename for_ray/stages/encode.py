@@ -32,9 +32,10 @@ from ray.data import ActorPoolStrategy, DataContext, Dataset
 
 from for_ray.index.table import append
 from for_ray.schema import WorkTime
-from for_ray.stages.blocks import EncodeCounts, ImageJob, TableJob, read_block
+from for_ray.stages.blocks import EncodeCounts, ImageJob, TableJob
 from for_ray.stages.failures import TASK_RETRIES, crash_of
 from for_ray.stages.metrics import SECONDS, MeasuredActor, measured_read, measured_write, show
+from for_ray.stages.reading import read_block
 from for_ray.storage import Lease, arrow_filesystem
 
 NO_PROGRESS_SECONDS = 1200

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pyarrow.compute as pc
 import pytest
 
-from for_ray.stages.blocks import CHANGED, GONE, OK, read_block
+from for_ray.stages.blocks import CHANGED, GONE, OK
 from for_ray.stages.listing import write_listing
+from for_ray.stages.reading import read_block
 from for_ray.storage import delete, delete_tree, list_objects, write_bytes
 from tests.odd_keys import ODD_KEYS, check_round, key_image, make_job, put_keys
 

@@ -19,7 +19,7 @@ from for_ray.index import table
 from for_ray.model.bundle import Bundle, open_bundle
 from for_ray.model.encoder import Encoded
 from for_ray.schema import LISTING_SCHEMA, images_schema
-from for_ray.stages import blocks
+from for_ray.stages import reading
 from for_ray.stages.blocks import (
     CHANGED,
     GONE,
@@ -27,9 +27,9 @@ from for_ray.stages.blocks import (
     EncodeCounts,
     EncodeImages,
     EncodeJob,
-    read_block,
     write_block,
 )
+from for_ray.stages.reading import read_block
 from for_ray.storage import stat
 
 MODEL = {
@@ -94,7 +94,7 @@ def test_a_store_that_refuses_is_no_bad_image(job, listed, monkeypatch):
     def refuse(*_: Any) -> bytes:
         raise StorageError("s3://b/k: access denied")
 
-    monkeypatch.setattr(blocks, "read_image", refuse)
+    monkeypatch.setattr(reading, "read_image", refuse)
     with pytest.raises(StorageError, match="access denied"):
         read_block(listed, job=job)
 

@@ -18,8 +18,9 @@ from for_ray.model.encoder import Encoder, load_encoder
 from for_ray.model.preprocess import decode
 from for_ray.model.pseudo_labels import label_images
 from for_ray.schema import LISTING_SCHEMA, LabelLayout, LabelRun, labels_schema
-from for_ray.stages.blocks import EncodeCounts, read_block, write_block
+from for_ray.stages.blocks import EncodeCounts, write_block
 from for_ray.stages.label import NOT_FINITE, LabelImages, LabelJob, _embed
+from for_ray.stages.reading import read_block
 from for_ray.storage import stat, write_bytes
 from tests.planted import make_tiny_bundle
 
