@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from for_ray.index.search import ImageVectors
 
-_SCREEN = 0.1
+_SCREEN = 0.25
 """Pairs whose mean vectors are this much less alike than the threshold are not compared vector by vector."""
 
 
@@ -27,24 +27,36 @@ def fold_images(found: ImageVectors, order: NDArray[np.int64], *, threshold: flo
     """
     position = {int(image_id): row for row, image_id in enumerate(found[0])}
     vectors = [_vectors(found, position.get(int(image_id))) for image_id in order]
-    means = np.array([_mean(each) for each in vectors])
     leaders = np.arange(len(order))
-    for place in range(1, len(order)):
-        kept = np.flatnonzero(leaders[:place] == np.arange(place))
-        alike = kept[means[kept] @ means[place] >= threshold - _SCREEN]
-        for leader in alike:
-            if similarity(vectors[leader], vectors[place]) >= threshold:
-                leaders[place] = leader
-                break
+    places = np.flatnonzero([len(each) > 0 for each in vectors])
+    flat = np.concatenate([np.empty((0, found[2].shape[1]), np.float32), *vectors])
+    lengths = np.array([len(vectors[place]) for place in places], np.int64)
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    owners = np.repeat(np.arange(len(places)), lengths)
+    means = np.array([_mean(vectors[place]) for place in places])
+    is_kept = np.ones(len(places), bool)
+    for number in range(1, len(places)):
+        begin, end = offsets[number], offsets[number + 1]
+        is_alike = is_kept[:number] & (means[:number] @ means[number] >= threshold - _SCREEN)
+        alike = np.flatnonzero(is_alike)
+        if not len(alike):
+            continue
+        likeness = _similarities(flat[:begin][is_alike[owners[:begin]]], lengths[alike], flat[begin:end])
+        if (likeness >= threshold).any():
+            is_kept[number] = False
+            leaders[places[number]] = places[alike[np.argmax(likeness >= threshold)]]
     return leaders
 
 
-def similarity(left: NDArray[np.float32], right: NDArray[np.float32]) -> float:
-    """Of two images' vectors [n, D] and [m, D]; 0 where one has none."""
-    if not len(left) or not len(right):
-        return 0.0
-    cosines = left @ right.T
-    return float((cosines.max(axis=0).mean() + cosines.max(axis=1).mean()) / 2)
+def _similarities(
+    theirs: NDArray[np.float32], lengths: NDArray[np.int64], own: NDArray[np.float32]
+) -> NDArray[np.float32]:
+    """Of images with so many of the vectors each [R] and the image with its own [m, D]; [R]."""
+    cosines = theirs @ own.T
+    starts = np.cumsum(lengths) - lengths
+    of_theirs = np.add.reduceat(cosines.max(axis=1), starts) / lengths
+    of_own = np.maximum.reduceat(cosines, starts, axis=0).mean(axis=1)
+    return np.asarray((of_theirs + of_own) / 2, np.float32)
 
 
 def _vectors(found: ImageVectors, row: int | None) -> NDArray[np.float32]:

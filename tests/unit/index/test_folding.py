@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from for_ray.index.folding import fold_images, similarity
+from for_ray.index.folding import fold_images
 
 AXES = np.eye(8, dtype=np.float32)
 
@@ -16,10 +16,33 @@ def found(images: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]
     return np.arange(len(images)), offsets, np.concatenate(images).astype(np.float16)
 
 
-def test_similarity() -> None:
-    assert similarity(AXES[:3], AXES[[2, 0, 1]]) == 1.0
-    assert similarity(AXES[:2], AXES[:1]) == (1.0 + 0.5) / 2
-    assert similarity(AXES[:2], np.empty((0, 8), np.float32)) == 0.0
+def similarity(left: np.ndarray, right: np.ndarray) -> float:
+    cosines = left.astype(np.float32) @ right.astype(np.float32).T
+    return float((cosines.max(axis=0).mean() + cosines.max(axis=1).mean()) / 2)
+
+
+def test_as_pair_by_pair() -> None:
+    rng = np.random.default_rng(0)
+    themes = rng.standard_normal((6, 8))
+    images = []
+    for number in range(60):
+        vectors = themes[rng.choice(6, rng.integers(1, 5), replace=False)] + rng.normal(0, 0.25, (1, 8))
+        images.append(vectors / np.linalg.norm(vectors, axis=1, keepdims=True))
+        images.append(images[number // 2] if number % 5 == 0 else np.empty((0, 8)))
+    order = rng.permutation(len(images))
+    held = [each.astype(np.float16) for each in images]
+    for threshold in (0.93, 0.97):
+        leaders = np.arange(len(order))
+        for place in range(len(order)):
+            for earlier in range(place):
+                pair = held[order[earlier]], held[order[place]]
+                is_kept = leaders[earlier] == earlier
+                if is_kept and all(map(len, pair)) and similarity(*pair) >= threshold:
+                    leaders[place] = earlier
+                    break
+        folded = int((leaders != np.arange(len(order))).sum())
+        assert 5 < folded < 60
+        assert fold_images(found(images), order, threshold=threshold).tolist() == leaders.tolist()
 
 
 def test_copies_fold_under_the_first_that_is_kept() -> None:
