@@ -97,7 +97,7 @@ async function lookForNewer() {
   if (document.hidden || !results.answer) return;
   try {
     const { snapshot_id: newest } = await api.health();
-    if (results.answer && newest !== results.answer.snapshot_id) showOutdated();
+    if (results.answer && newest > results.answer.snapshot_id) showOutdated();
   } catch {
     // the next question says what is wrong
   }
@@ -182,7 +182,7 @@ viewer.addEventListener("like", ({ detail }) => {
   isFocusLost = true;
 });
 viewer.addEventListener("toggle", () => selection.toggle(viewer.imageId));
-viewer.addEventListener("known", ({ detail: snapshot }) => results.answer && snapshot !== results.answer.snapshot_id && showOutdated());
+viewer.addEventListener("known", ({ detail: snapshot }) => results.answer && snapshot > results.answer.snapshot_id && showOutdated());
 viewer.addEventListener("move", ({ detail: step }) => {
   const rank = results.shown.findIndex((hit) => hit.image_id === state.now.image) + step;
   const hit = results.shown[rank];
