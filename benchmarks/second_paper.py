@@ -123,12 +123,14 @@ class Bench:
         for place in self._options.bundles:
             self._measure(f"FOR, {open_bundle(place).num_slots} slots", 0, place, done)
         for seed in range(self._options.seeds):
-            bundles: dict[str | None, str] = {None: self._options.encoder}
-            for row in ROWS:
-                if row.is_ablation and seed:
-                    continue
-                bundles[row.name] = self._tune(row, seed, bundles[row.begins])
-                self._measure(row.name, seed, bundles[row.name], done)
+            self._measure_rows([row for row in ROWS if not row.is_ablation], seed, done)
+        self._measure_rows([row for row in ROWS if row.is_ablation], 0, done)
+
+    def _measure_rows(self, rows: Sequence[Row], seed: int, done: Sequence[dict[str, Any]]) -> None:
+        bundles: dict[str | None, str] = {None: self._options.encoder}
+        for row in rows:
+            bundles[row.name] = self._tune(row, seed, bundles[row.begins])
+            self._measure(row.name, seed, bundles[row.name], done)
 
     def _draw(self) -> None:
         options = self._options
