@@ -121,10 +121,16 @@ class Bench:
         run_pseudo_caption(self._caption_settings(), progress=Progress())
         self._measure("as pre-trained", 0, f"{self._options.encoder}#clip", done)
         for place in self._options.bundles:
-            self._measure(f"FOR, {open_bundle(place).num_slots} slots", 0, place, done)
+            self._measure(self._name(place), 0, place, done)
         for seed in range(self._options.seeds):
             self._measure_rows([row for row in ROWS if not row.is_ablation], seed, done)
         self._measure_rows([row for row in ROWS if row.is_ablation], 0, done)
+
+    def _name(self, place: str) -> str:
+        """Of a bundle of FOR; its place, too, where another one has as many slots."""
+        counts = [open_bundle(each).num_slots for each in self._options.bundles]
+        slots = open_bundle(place).num_slots
+        return f"FOR, {slots} slots" + (f", {place}" if counts.count(slots) > 1 else "")
 
     def _measure_rows(self, rows: Sequence[Row], seed: int, done: Sequence[dict[str, Any]]) -> None:
         bundles: dict[str | None, str] = {None: self._options.encoder}

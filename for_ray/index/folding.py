@@ -15,7 +15,8 @@ def fold_images(found: ImageVectors, order: NDArray[np.int64], *, threshold: flo
     """Fold each image under the first, in the order, that is kept and as similar as the threshold.
 
     Similarity of two images = the mean, over the vectors of both, of the highest cosine with one of the
-    other's: 1 for copies.
+    other's: 1 for copies. A pair whose mean vectors are far less alike than the threshold is taken for
+    different without comparing the others.
 
     Args:
         found: The vectors of the images; an image without vectors is like no other.

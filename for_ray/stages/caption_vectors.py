@@ -13,11 +13,15 @@ At 10⁷ captions of 60 bytes and D = 1024: the texts are 0.6 GB (0.3 GB compres
 folder and in the store), the table 21.1 GB in the store, the mapped vectors 20.5 GB on the driver's disk. In
 memory the driver holds 160 MB of hashes while it reads, 65,536 texts, and 1,221 descriptions of fragments; an
 embedding actor, beside its model, 8,192 vectors (50 MB: float32 and float16); a writing task 17 MB.
+
+A run that dies while it embeds begins anew, and leaves its table and its texts: what no record names may be
+deleted when no run is on.
 """
 
 from __future__ import annotations
 
 import hashlib
+import os
 import secrets
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -314,8 +318,12 @@ def local_vectors(table: Any, path: Path) -> NDArray[np.float16]:
         StorageError: The store or the disk refused.
     """
     dim = table.schema.field("vector").type.list_size
-    with disk_refusals("write", path):
-        vectors = np.memmap(path, np.float16, "w+", shape=(table.count_rows(), dim))
+    num_captions = table.count_rows()
+    with disk_refusals("write", path), path.open("wb") as file:
+        os.posix_fallocate(
+            file.fileno(), 0, 2 * num_captions * dim
+        )  # a full disk would kill who writes to the map
+    vectors = np.memmap(path, np.float16, "r+", shape=(num_captions, dim))
     with lance_refusals(table.uri):
         for batch in table.scanner(columns=["vector"], with_row_id=True).to_batches():
             rows = batch["_rowid"].to_numpy()

@@ -7,7 +7,6 @@ a question costs a message to each and one back.
 from __future__ import annotations
 
 import logging
-import os
 import threading
 import time
 from collections import OrderedDict
@@ -42,6 +41,9 @@ START_SECONDS = 1800.0
 
 ROOM_SECONDS = 45.0
 """For actors to be given a node that is there; then it is said which are not."""
+
+LOOK_SECONDS = 5.0
+"""For them to say so when there is no time left."""
 
 Ids = NDArray[np.int64]
 
@@ -175,7 +177,7 @@ class ShardSet:
                     _LOG.warning("%s: add nodes, unless the cluster starts them", self._lack(num_waiting))
                 return list(ray.get(asked, timeout=max(0.0, end - time.monotonic())))
         except GetTimeoutError:
-            num_waiting = self._count_waiting(0)
+            num_waiting = self._count_waiting(LOOK_SECONDS)
             why = self._lack(num_waiting) if num_waiting else "each needs time to fetch its segments"
             self.close()
             raise ConfigError(
@@ -233,9 +235,10 @@ class ShardSet:
 
 
 def _check_room(num_shards: int, num_cpus: float) -> None:
-    """A cluster of this machine alone does not grow: what does not fit would be waited for in vain."""
+    """A cluster that this process started does not grow: what does not fit would be waited for in vain."""
     cpus = ray.cluster_resources().get("CPU", 0.0)
-    if os.environ.get("RAY_ADDRESS", "") in ("", "local") and num_shards * num_cpus > cpus:
+    node = ray._private.worker._global_node
+    if node is not None and node.head and num_shards * num_cpus > cpus:
         raise ConfigError(
             f"{num_shards} shards reserve {num_shards * num_cpus:g} CPUs, this machine has {cpus:g}: ask for "
             "fewer, or name a cluster in RAY_ADDRESS"

@@ -162,8 +162,7 @@ def test_a_damaged_segment_is_told(planted):
         ShardSet(*given, nprobe=1, num_shards=1)
 
 
-def test_more_shards_than_this_machine_has_room_for_are_refused_at_once(planted, monkeypatch):
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+def test_more_shards_than_this_machine_has_room_for_are_refused_at_once(planted):
     given = (planted.layout, planted.bundle.fingerprint, planted.segments)
     cpus = ray.cluster_resources()["CPU"]
     with pytest.raises(
@@ -175,8 +174,9 @@ def test_more_shards_than_this_machine_has_room_for_are_refused_at_once(planted,
 @pytest.mark.slow
 def test_shards_that_a_cluster_has_no_room_for_are_told_soon(planted, monkeypatch, caplog):
     """They may be waited for: the cluster may grow."""
-    monkeypatch.setenv("RAY_ADDRESS", "somewhere:6379")
+    monkeypatch.setattr(ray._private.worker._global_node, "head", False)  # as where a cluster was joined
     monkeypatch.setattr(shards, "ROOM_SECONDS", 0.5)
+    monkeypatch.setattr(shards, "LOOK_SECONDS", 0.5)
     monkeypatch.setattr(shards, "START_SECONDS", 5.0)
     given = (planted.layout, planted.bundle.fingerprint, planted.segments)
     cpus = ray.cluster_resources()["CPU"]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import resource
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
 
-from for_ray.errors import DataError, StageError
+from for_ray.errors import DataError, StageError, StorageError
 from for_ray.index.table import append, create_table
 from for_ray.model.bundle import Bundle, open_bundle
 from for_ray.model.encoder import load_encoder
@@ -73,6 +74,13 @@ def test_ranges_in_any_order_become_a_table_in_the_captions_order(spooled, bundl
     expected = load_encoder(bundle, "cpu").embed_captions(TEXTS)
     np.testing.assert_allclose(vectors.astype(np.float32), expected, atol=1e-3)
     assert texts_of(table, np.array([9, 0, 4])) == [TEXTS[9], TEXTS[0], TEXTS[4]]
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))  # as a disk that is full
+    try:
+        with pytest.raises(StorageError, match="full"):
+            local_vectors(table, tmp_path / "full")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     table.delete("_rowid = 2")
     with pytest.raises(DataError, match="was changed: delete what lies there"):
         local_vectors(table, tmp_path / "again")
