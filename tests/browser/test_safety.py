@@ -233,6 +233,29 @@ def test_switched_index_is_told_and_asked_again(tab: Any, served: Any) -> None:
     assert tab.tiles.count() >= 10
 
 
+def test_newer_snapshot_is_told_once(tab: Any, served: Any) -> None:
+    newest = served.current.snapshot_id + 1
+    tab.page.route("**/healthz", lambda route: route.fulfill(json={"snapshot_id": newest}))
+
+    def look() -> None:
+        with tab.page.expect_response("**/healthz"):
+            tab.page.evaluate("document.dispatchEvent(new Event('visibilitychange'))")
+        tab.settle()
+
+    tab.open("?q=a+keyboard")
+    banner = tab.page.locator(".banner")
+    look()
+    banner.locator("button >> text=Ask again").focus()
+    look()
+    assert tab.page.evaluate("document.activeElement.textContent") == "Ask again"
+    banner.locator("[aria-label=Dismiss]").click()
+    look()
+    assert banner.count() == 0
+    newest += 1
+    look()
+    assert "The index was updated" in banner.inner_text()
+
+
 def test_page_of_an_old_snapshot_is_told(tab: Any) -> None:
     changed = {"error": "the page is of snapshot 1", "code": "snapshot_changed", "position": None}
 
@@ -275,9 +298,16 @@ def test_token_is_asked_for_once(open_tab: Any, locked: str) -> None:
     assert "sesame" not in tab.page.evaluate("JSON.stringify(localStorage) + location.href")
     tab.page.reload()
     tab.page.locator(".hit").first.wait_for()
-    tab.page.click("#keys")
-    tab.page.click("#sign-out")
-    tab.page.locator("#token[open]").wait_for()
+    for is_expired in (False, True):
+        tab.page.click("#keys")
+        if is_expired:
+            tab.page.context.clear_cookies()
+        with tab.page.expect_response("**/session"):
+            tab.page.click("#sign-out")
+        tab.page.locator("#token[open]").wait_for()
+        tab.page.fill("#token [name=token]", "open sesame 123")
+        tab.page.keyboard.press("Enter")
+        tab.wait("!document.querySelector('#token').open")
 
 
 def test_image_that_is_gone_is_told(tab: Any) -> None:

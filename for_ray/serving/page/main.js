@@ -27,6 +27,7 @@ const [filters, picture, selection, viewer] = [new Filters(), new Picture(), new
 const exporting = new Exporting(results, selection);
 let about = null;
 let isViewerPushed = false;
+let [newest, dismissed] = [0, 0]; // the newest snapshot that was heard of, and at the time its banner was dismissed
 let isFocusLost = false; // with the viewer that asked: the first result takes it
 
 // Asking
@@ -84,8 +85,17 @@ function showViewer() {
   viewer.show(image, { slot, hit, names: results.names, isSelected: selection.has(image) });
 }
 
-function showOutdated() {
-  showBanner("outdated", "The index was updated: ask again to search its newest state.", "Ask again", ask);
+/** Say that there is a newer snapshot than the answer's: once, where nothing but its number was heard. */
+function showOutdated(snapshot = null) {
+  newest = Math.max(newest, snapshot ?? 0);
+  if (snapshot !== null && snapshot <= dismissed) return;
+  const text = "The index was updated: ask again to search its newest state.";
+  showBanner("outdated", text, "Ask again", ask, { dismissed: () => (dismissed = newest) });
+}
+
+/** A snapshot that the service has. */
+function hearOf(snapshot) {
+  if (results.answer && snapshot > results.answer.snapshot_id) showOutdated(snapshot);
 }
 
 function focusResults() {
@@ -96,8 +106,7 @@ function focusResults() {
 async function lookForNewer() {
   if (document.hidden || !results.answer) return;
   try {
-    const { snapshot_id: newest } = await api.health();
-    if (results.answer && newest > results.answer.snapshot_id) showOutdated();
+    hearOf((await api.health()).snapshot_id);
   } catch {
     // the next question says what is wrong
   }
@@ -133,7 +142,7 @@ results.addEventListener("answered", () => {
 });
 results.addEventListener("grew", () => showResults());
 results.addEventListener("moved", () => showResults());
-results.addEventListener("outdated", showOutdated);
+results.addEventListener("outdated", () => showOutdated());
 results.addEventListener("stopped", ({ detail }) => showBanner("stopped", detail.message, "Try again", () => results.more()));
 results.addEventListener("failed", ({ detail }) => {
   grid.clear();
@@ -173,7 +182,7 @@ box.addEventListener("ask", ({ detail: text }) => (text ? (text === state.now.te
 box.addEventListener("clear", () => state.ask({}));
 filters.addEventListener("change", ({ detail }) => state.set({ ...detail, image: null, slot: null }));
 picture.addEventListener("ask", ({ detail: key }) => state.ask({ picture: key }));
-exporting.addEventListener("outdated", showOutdated);
+exporting.addEventListener("outdated", () => showOutdated());
 exporting.addEventListener("exported", ({ detail: name }) => toast(`Downloaded ${name}`));
 
 viewer.addEventListener("choose", ({ detail: slot }) => state.set({ slot }, { replace: true }));
@@ -182,7 +191,7 @@ viewer.addEventListener("like", ({ detail }) => {
   isFocusLost = true;
 });
 viewer.addEventListener("toggle", () => selection.toggle(viewer.imageId));
-viewer.addEventListener("known", ({ detail: snapshot }) => results.answer && snapshot > results.answer.snapshot_id && showOutdated());
+viewer.addEventListener("known", ({ detail: snapshot }) => hearOf(snapshot));
 viewer.addEventListener("move", ({ detail: step }) => {
   const rank = results.shown.findIndex((hit) => hit.image_id === state.now.image) + step;
   const hit = results.shown[rank];
@@ -207,7 +216,8 @@ for (const button of document.querySelectorAll("[data-refine]"))
 document.querySelector(".brand").addEventListener("click", (event) => {
   if (event.ctrlKey || event.metaKey || event.shiftKey) return;
   event.preventDefault();
-  state.ask({ under: "", glob: "", where: "", fold: false, unwanted: null, k: 60, selected: [] });
+  selection.clear(); // an entry of its own here too
+  state.ask({ under: "", glob: "", where: "", fold: false, unwanted: null, k: 60 });
 });
 document.querySelector(".skip").addEventListener("click", (event) => {
   event.preventDefault(); // the address keeps what is selected

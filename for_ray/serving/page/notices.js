@@ -19,14 +19,22 @@ export function action(text, listener, { isPrimary = false } = {}) {
   return el("button", { type: "button", class: isPrimary ? "primary" : "plain", on: { click: listener } }, text);
 }
 
-/** A line above the results, with one thing to do; another of the same kind takes its place. */
-export function showBanner(kind, text, doText, listener) {
+/**
+ * A line above the results, with one thing to do; another of the same kind takes its place, the same one stays as it
+ * is: it keeps the focus, and is not read out again.
+ */
+export function showBanner(kind, text, doText, listener, { dismissed = () => {} } = {}) {
+  if (bannerOf(kind)?.querySelector("p").textContent === sentence(text)) return;
   clearBanner(kind);
   const leave = () => {
     clearBanner(kind);
     byId("results").focus();
   };
-  const close = el("button", { type: "button", class: "tool", "aria-label": "Dismiss", on: { click: leave } }, icon("close"));
+  const dismiss = () => {
+    leave();
+    dismissed();
+  };
+  const close = el("button", { type: "button", class: "tool", "aria-label": "Dismiss", on: { click: dismiss } }, icon("close"));
   const act = action(doText, () => {
     leave();
     listener();
@@ -35,12 +43,14 @@ export function showBanner(kind, text, doText, listener) {
 }
 
 export function clearBanner(kind) {
-  byId("notices").querySelector(`[data-kind=${kind}]`)?.remove();
+  bannerOf(kind)?.remove();
 }
 
-/** A few words that go by themselves. */
+const bannerOf = (kind) => byId("notices").querySelector(`[data-kind=${kind}]`);
+
+/** A few words that go by themselves; in the dialog that is open, as it hides all else. */
 export function toast(text) {
   const line = el("p", { class: "toast", role: "status" }, text);
-  document.body.append(line);
+  ([...document.querySelectorAll("dialog[open]")].at(-1) ?? document.body).append(line);
   setTimeout(() => line.remove(), 4000);
 }

@@ -2,6 +2,7 @@
 
 import { signIn, signOut, whenLocked } from "./api.js";
 import { byId, kept } from "./dom.js";
+import { toast } from "./notices.js";
 
 const SIGNED_IN = "for_ray.signed-in";
 
@@ -37,7 +38,11 @@ export function startSession() {
   whenLocked(unlock);
   byId("token").addEventListener("cancel", (event) => event.preventDefault()); // nothing works without
   byId("sign-out").addEventListener("click", async () => {
-    await signOut();
+    try {
+      await signOut();
+    } catch (error) {
+      if (error.status !== 401) return toast(error.message); // 401: the session ended before
+    }
     kept.write(SIGNED_IN, false);
     location.assign(location.pathname);
   });

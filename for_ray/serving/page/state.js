@@ -10,7 +10,7 @@ export const MOST_SELECTED = 1000; // images whose ids an address holds
 
 export const ASKED = ["text", "like", "region", "picture", "under", "glob", "where", "fold", "unwanted", "k"];
 export const FILTERS = ["under", "glob", "where", "fold", "unwanted"];
-const WITHOUT_IMAGE = [...ASKED, "min"];
+const ALL_BUT_SELECTED = [...ASKED, "min", "image", "slot"];
 
 const NAMES = { text: "q" }; // in the address; the others are called what they are
 
@@ -66,6 +66,15 @@ function queryOf(state) {
 const same = (one, other, keys) => queryOf(pick(one, keys)) === queryOf(pick(other, keys));
 const pick = (state, keys) => Object.fromEntries(keys.map((key) => [key, state[key]]));
 
+/** Have the address say a state; browsers refuse more than about a hundred calls in half a minute. */
+function say(how, state) {
+  try {
+    history[how](null, "", write(state));
+  } catch {
+    // the next change brings the address up to date
+  }
+}
+
 /** The state that is now; `change` events carry what it was, and whether the question is another one. */
 export class State extends EventTarget {
   constructor() {
@@ -77,8 +86,7 @@ export class State extends EventTarget {
   /** Change parts of it; a new entry of the history unless it only follows a drag. */
   set(changes, { replace = false } = {}) {
     const next = { ...this.now, ...changes };
-    const address = write(next);
-    if (address !== write(this.now)) history[replace ? "replaceState" : "pushState"](null, "", address);
+    if (write(next) !== write(this.now)) say(replace ? "replaceState" : "pushState", next);
     this.#become(next);
   }
 
@@ -87,12 +95,13 @@ export class State extends EventTarget {
     this.set({ text: "", like: null, region: null, picture: null, min: null, image: null, slot: null, ...changes });
   }
 
-  /** Back or forward; what was selected in an open image stays so when back closes it. */
+  /** Back or forward; what is selected stays so, but where only that differs: clearing it is taken back. */
   #pop() {
-    const next = read(location);
-    const isOfImage = next.image !== this.now.image && same(this.now, next, WITHOUT_IMAGE);
-    if (isOfImage) history.replaceState(null, "", write({ ...next, selected: this.now.selected }));
-    this.#become(isOfImage ? { ...next, selected: this.now.selected } : next);
+    const found = read(location);
+    const isOfSelection = same(this.now, found, ALL_BUT_SELECTED);
+    const next = isOfSelection ? found : { ...found, selected: this.now.selected };
+    if (!isOfSelection) say("replaceState", next);
+    this.#become(next);
   }
 
   #become(next) {

@@ -16,7 +16,7 @@ function shown(value) {
 
 /**
  * Events: `move` (-1 or 1), `choose` (a slot), `like` ({like} or {like, region}), `toggle`, `closed`,
- * `outdated` (a snapshot that is not the answer's).
+ * `known` (the snapshot that says what is known of the image).
  */
 export class Viewer extends EventTarget {
   #dialog = byId("viewer");
