@@ -87,6 +87,7 @@ def test_best_above_the_threshold_as_csv_and_lines(tab: Any) -> None:
     tab.page.click("#export-open")
     assert tab.page.is_disabled("#export [value=selected]")
     assert "score 0.740 or more" in tab.page.inner_text("#export")
+    assert tab.page.get_attribute("#export [name=count]", "max") == "10000"
     _, text = _export(tab, kind="csv")
     rows = list(csv.DictReader(text.splitlines()))
     assert len(rows) == shown
@@ -206,6 +207,27 @@ def test_selection_outlives_a_refinement_a_reload_and_back(tab: Any) -> None:
     assert tab.page.evaluate("location.hash + location.search") == ""
 
 
+def test_selection_goes_along_with_back_and_forward(tab: Any) -> None:
+    tab.open("?q=a+keyboard")
+    chosen = [tab.ids()[0]]
+    tab.tiles.nth(0).locator(".tick").click()
+    tab.ask("a ghost")
+    for go, question in ((tab.page.go_back, "a keyboard"), (tab.page.go_forward, "a ghost")):
+        rank = next(rank for rank, image_id in enumerate(tab.ids()) if image_id not in chosen)
+        chosen.append(tab.ids()[rank])
+        tab.tiles.nth(rank).locator(".tick").click()
+        go()
+        tab.wait(f"document.getElementById('question').value === '{question}'")
+        tab.settle()
+        assert tab.page.evaluate("location.hash") == f"#sel={','.join(map(str, chosen))}"
+        assert tab.page.inner_text("#selected-count") == f"{len(chosen)} selected"
+    tab.page.click(".brand")
+    assert tab.page.evaluate("location.hash + location.search") == ""
+    tab.page.go_back()
+    tab.page.go_back()  # starting again cleared it before
+    tab.wait("document.getElementById('selected-count').textContent === '3 selected'")
+
+
 def test_selected_in_an_open_image_stays_selected_when_back_closes_it(tab: Any) -> None:
     tab.open("?q=a+keyboard")
     tab.tiles.nth(1).locator(".tile").click()
@@ -247,6 +269,20 @@ def test_export_says_when_the_snapshot_that_is_seen_is_there_no_more(tab: Any) -
     tab.page.locator("#export .problem:text('The index was updated since this answer')").wait_for()
     tab.page.keyboard.press("Escape")
     assert "The index was updated" in tab.page.inner_text(".banner")
+
+
+@pytest.mark.slow
+def test_export_dialog_closes_with_its_answer(tab: Any) -> None:
+    tab.open()
+    tab.ask("a ghost")
+    tab.ask("a keyboard")
+    for _ in range(2):  # to another question, and to none
+        tab.page.click("#export-open")
+        tab.page.locator("#export[open]").wait_for()
+        tab.page.go_back()
+        tab.wait("!document.querySelector('#export').open")
+        tab.settle()
+    assert tab.query() == ""
 
 
 def test_keys_go_on_when_what_had_the_focus_is_gone(tab: Any) -> None:

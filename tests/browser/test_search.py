@@ -252,6 +252,32 @@ def test_results_come_in_as_one_scrolls(tab: Any) -> None:
     assert tab.page.locator(".hit img[loading=lazy]").count() == 121
 
 
+def test_last_page_ends_where_the_question_does(tab: Any) -> None:
+    """Of 1,000 folded images 900 are there: the next 100 are asked for, and no more, whatever follows."""
+    asked = []
+
+    def answer(route: Any) -> None:
+        question = json.loads(route.request.post_data)
+        asked.append(question["k"])
+        answered = route.fetch()
+        body = answered.json()
+        num_hits = question["k"] if question.get("page") else 900
+        hits = (body["hits"] * 15)[:num_hits]
+        body["hits"] = hits[:-5] + [
+            {**hit, "score": 0.99} for hit in hits[-5:]
+        ]  # the others are out of sight
+        route.fulfill(response=answered, json={**body, "next_page": body["next_page"] or "another"})
+
+    tab.page.route("**/search", answer)
+    tab.open("?q=a+keyboard&fold=1&min=0.98")
+    tab.wait("document.querySelector('#counted').textContent.startsWith('10 of 121')")
+    tab.settle()
+    assert asked == [60, 100]
+    assert tab.page.locator(".banner").count() == 0
+    tab.page.click("#export-open")
+    assert tab.page.get_attribute("#export [name=count]", "max") == "1000"
+
+
 def test_filters_and_what_they_leave(tab: Any) -> None:
     tab.open("?q=a+keyboard")
     tab.page.click("#filters-toggle")

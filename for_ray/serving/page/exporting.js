@@ -3,9 +3,6 @@
 import { exportHits } from "./api.js";
 import { byId, el, sentence } from "./dom.js";
 
-const MOST = 10_000; // hits of one question
-const MOST_FOLDED = 1_024;
-
 function download({ blob, name }) {
   const url = URL.createObjectURL(blob);
   el("a", { href: url, download: name }).click();
@@ -22,6 +19,7 @@ export class Exporting extends EventTarget {
   constructor(results, selection) {
     super();
     [this.#results, this.#selection] = [results, selection];
+    for (const event of ["started", "reset"]) results.addEventListener(event, () => this.#dialog.close()); // with the answer
     this.#form.addEventListener("submit", (event) => this.#submit(event));
     this.#dialog.querySelector("[data-do=close]").addEventListener("click", () => this.#dialog.close());
     this.#form.elements.count.addEventListener("focus", () => (this.#form.elements.what.value = "best"));
@@ -35,7 +33,7 @@ export class Exporting extends EventTarget {
     const [selected] = this.#form.elements.what;
     selected.disabled = !size;
     this.#form.elements.what.value = size ? "selected" : "best";
-    this.#form.elements.count.max = String(this.#most);
+    this.#form.elements.count.max = String(this.#results.most);
     byId("export-selected-label").textContent = this.#saidOf(size);
     const { min } = this.#results;
     byId("export-threshold").textContent = min === null ? "" : `, score ${min.toFixed(3)} or more`;
@@ -51,10 +49,6 @@ export class Exporting extends EventTarget {
     return images + (isElsewhere ? ", without those that the filters or NOT leave out" : "");
   }
 
-  get #most() {
-    return this.#results.question.fold_at ? MOST_FOLDED : MOST;
-  }
-
   /** The body of POST /export: the question, as deep as what is exported lies, to the snapshot that answered it. */
   #body() {
     const { what, count, format } = this.#form.elements;
@@ -64,7 +58,7 @@ export class Exporting extends EventTarget {
       return { format: format.value, question: { ...question, k: Math.max(this.#results.hits.length, 1) }, image_ids: ids };
     }
     const { min } = this.#results;
-    const k = Math.min(Math.max(Number(count.value) || 1, 1), this.#most);
+    const k = Math.min(Math.max(Number(count.value) || 1, 1), this.#results.most);
     return { format: format.value, question: { ...question, k, ...(min === null ? {} : { min_score: min }) }, image_ids: null };
   }
 

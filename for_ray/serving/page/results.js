@@ -3,8 +3,10 @@
 import { ApiError, search } from "./api.js";
 
 const AHEAD = 200; // hits of each page after the first: enough for a histogram
+const MOST = 10_000; // hits of one question, its pages together: `retrieval.MAX_HITS`
+const MOST_FOLDED = 1_000; // likewise, where near-duplicates are folded
 
-/** Events: `started`, `answered` (its first page), `grew`, `moved` (the threshold), `failed`, `outdated`. */
+/** Events: `started`, `answered` (its first page), `grew`, `moved` (the threshold), `failed`, `outdated`, `reset`. */
 export class Results extends EventTarget {
   #abort = new AbortController();
   #body = null;
@@ -32,6 +34,11 @@ export class Results extends EventTarget {
     return this.#body;
   }
 
+  /** Hits that the question has at most. */
+  get most() {
+    return this.#body.fold_at ? MOST_FOLDED : MOST;
+  }
+
   /** Whether a hit's score is high enough. */
   passes = (hit) => this.min === null || hit.score >= this.min;
 
@@ -42,7 +49,7 @@ export class Results extends EventTarget {
 
   /** Whether no page follows, or the last one had nothing to show. */
   get isDone() {
-    return this.#next === null || !this.#newest.some(this.passes);
+    return this.#next === null || this.hits.length >= this.most || !this.#newest.some(this.passes);
   }
 
   /** Nothing is asked any more. */
@@ -50,6 +57,7 @@ export class Results extends EventTarget {
     this.#abort.abort();
     this.#clear();
     this.#body = null;
+    this.#tell("reset");
   }
 
   /**
@@ -94,7 +102,8 @@ export class Results extends EventTarget {
   async #fetchMore() {
     const { signal } = this.#abort;
     try {
-      const answer = await search({ ...this.#body, k: AHEAD, page: this.#next }, signal);
+      const k = Math.min(AHEAD, this.most - this.hits.length);
+      const answer = await search({ ...this.#body, k, page: this.#next }, signal);
       if (signal.aborted) return;
       this.#take(answer);
       this.#tell("grew");
