@@ -231,6 +231,7 @@ class _Run:
         other = self.latest if self.latest and self.latest.fingerprint != self.fingerprint else None
         return why_too_many_gone(
             gap,
+            has_published=self.base is not None,
             num_listed=listing.num_listed,
             num_published=other.indexed + other.quarantined if other else 0,
             images_uri=canonical_uri(self.images_uri),

@@ -119,7 +119,7 @@ def write_gap(
 
 
 def why_too_many_gone(
-    gap: Gap, *, num_listed: int, num_published: int, images_uri: str, most: float
+    gap: Gap, *, has_published: bool, num_listed: int, num_published: int, images_uri: str, most: float
 ) -> str | None:
     """What to say where more of the images that an index holds are gone than may be; None where it is well.
 
@@ -127,15 +127,19 @@ def why_too_many_gone(
 
     Args:
         gap: Between the images and the table of the run's encoder.
+        has_published: Whether this encoder has a snapshot. Of one that has none, no search misses what its
+            table holds.
         num_listed: Images that are there.
         num_published: Images of the published snapshot where it is another encoder's, and the gap does not
             know them; else 0. At least those that are no longer listed, by their number, are gone.
         images_uri: Where the images were listed.
         most: The share that may be gone.
     """
-    sides = ((gap.num_gone, gap.num_held), (max(0, num_published - num_listed), num_published))
-    share, num_gone, num_held = max((gone / max(held, 1), gone, held) for gone, held in sides)
-    if num_held < FEWEST_HELD or share <= most:
+    own = (gap.num_gone, gap.num_held if has_published else 0)
+    sides = (own, (max(0, num_published - num_listed), num_published))
+    shares = [(gone / held, gone, held) for gone, held in sides if held >= FEWEST_HELD]
+    share, num_gone, num_held = max(shares, default=(0.0, 0, 0))
+    if share <= most:
         return None
     return (
         f"{num_gone:,} of the {num_held:,} images that the index holds are gone ({share:.1%}), more than "

@@ -152,7 +152,12 @@ def test_too_many_gone_images_are_a_mistake(tmp_path, num_kept, num_held, num_pu
     gap = gap_of(tmp_path, {str(number): "1" for number in range(num_kept)} | {"new": "1"}, rows)
     assert gap.num_held == num_held
     why = why_too_many_gone(
-        gap, num_listed=num_kept + 1, num_published=num_published, images_uri="/x\n", most=most
+        gap,
+        has_published=True,
+        num_listed=num_kept + 1,
+        num_published=num_published,
+        images_uri="/x\n",
+        most=most,
     )
     if told is None:
         assert why is None
@@ -160,6 +165,28 @@ def test_too_many_gone_images_are_a_mistake(tmp_path, num_kept, num_held, num_pu
         assert why.startswith(told)
         assert rf" max_gone_fraction {most:g}: /x\n lists {num_kept + 1}, 1 of them new; nothing was " in why
         assert "\n" not in why
+
+
+@pytest.mark.parametrize(
+    ("num_held", "has_published", "num_published", "told"),
+    [
+        (5, True, 1000, "998 of the 1,000 images"),  # what a dead run of few rows left hides nothing
+        (30, False, 1000, "998 of the 1,000 images"),
+        (30, True, 1000, "30 of the 30 images"),
+        (30, False, 0, None),  # a first run with a wrong prefix, which was then corrected
+    ],
+)
+def test_of_two_sides_those_that_say_something_count(tmp_path, num_held, has_published, num_published, told):
+    gap = gap_of(tmp_path, {"new": "1"}, [(str(number), "1", None, number) for number in range(num_held)])
+    why = why_too_many_gone(
+        gap,
+        has_published=has_published,
+        num_listed=2,
+        num_published=num_published,
+        images_uri="/x",
+        most=0.5,
+    )
+    assert why is None if told is None else why.startswith(told)
 
 
 def random_state(seed: int, num_uris: int, share: float) -> dict[str, str]:
