@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 from collections.abc import Callable
 from functools import partial
@@ -12,12 +13,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from for_ray.errors import StageError
+from for_ray.errors import StageError, StorageError
 from for_ray.index import table
 from for_ray.schema import WorkTime
 from for_ray.stages.diff import ROWS_PER_FILE, Gap, write_gap
 from for_ray.stages.failures import DEAD_ENCODER, OF_NODES, RESULTS_LOST, UNREACHABLE
-from for_ray.storage import Lease, Spill, join_uri
+from for_ray.storage import Lease, Spill, delete_tree, join_uri
 
 # Ray takes seconds to import: a run that finds nothing to do is done before.
 if TYPE_CHECKING:
@@ -46,12 +47,14 @@ def encode_gap(
     """Encode a gap; where processes or nodes die, go on with what is left.
 
     Where a process died, the images of the first file of what is left are decoded apart, one by one: what was
-    being read is among them, and one that kills its decoder is found so. The others go on as before.
+    being read is among them, and one that kills its decoder is found so. The others go on as before. Behind
+    the next crash two files are, then four, until a pass over all has stored as many images as these hold.
 
     Args:
         images: The table, at its latest version; nobody else writes to it.
         gap: Its files are on this disk.
-        work_uri: Where the workers find the same files; what is left is written below it.
+        work_uri: Where the workers find the same files; what is left is written below it. The caller removes
+            it.
         folder: On this disk, for this function alone.
         job: As for `encode`, like all that follows.
         pool: See `encode`.
@@ -69,13 +72,14 @@ def encode_gap(
     from for_ray.stages.blocks import EncodeCounts
     from for_ray.stages.encode import encode
 
-    latest, uri, num_images, is_whole = images, work_uri, gap.num_to_encode, True
+    asked: str | list[str] = work_uri
+    latest, num_images, is_whole = images, gap.num_to_encode, True
     done, work, crashes = EncodeCounts(), WorkTime(), _Crashes(stage)
-    num_passes = 0
+    rests = _Rests(gap, images, work_uri=work_uri, folder=folder, lease=lease)
     while True:
         encoded = encode(
             latest,
-            uri,
+            asked,
             job=job,
             pool=pool,
             num_images=num_images,
@@ -86,21 +90,22 @@ def encode_gap(
             is_apart=crashes.is_apart,
         )
         work, latest = _sum(work, encoded.work), encoded.table
-        if encoded.crash is None and is_whole:
-            return encoded._replace(counts=done.plus(encoded.counts), work=work)
+        counts = done.plus(encoded.counts)
+        has_ended = encoded.crash is None and is_whole
+        if has_ended or counts.quarantined + counts.skipped > most_bad:
+            return encoded._replace(counts=counts, work=work, crash=None)
         gc.collect()  # Ray Data's error holds actors, which would keep the GPUs from those of the next pass
         crashes.add(encoded)
         # Images that were gone or replaced are in no table: they are met, and counted, again.
-        done = done.plus(encoded.counts)._replace(gone=0, changed=0)
-        num_passes += 1
-        uri = join_uri(work_uri, f"rest-{num_passes}")
-        rest = _write_rest(gap, images, latest, folder=folder / f"{num_passes}", rest_uri=uri)
-        num_images = rest.num_to_encode
-        if not num_images:
+        done = counts._replace(gone=0, changed=0)
+        rest = rests.write(latest)
+        if not rest.num_to_encode:
             return encoded._replace(counts=done, work=work, crash=None)
-        is_whole = not crashes.is_apart or len(rest.file_uris) == 1
-        if not is_whole:
-            uri, num_images = rest.file_uris[0], ROWS_PER_FILE
+        asked, num_images, is_whole = rests.uri, rest.num_to_encode, True
+        if crashes.is_apart:
+            asked = rest.file_uris[: crashes.num_apart]
+            num_images = min(num_images, crashes.num_apart * ROWS_PER_FILE)
+            is_whole = len(asked) == len(rest.file_uris)
 
 
 class _Crashes:
@@ -111,15 +116,17 @@ class _Crashes:
     """
 
     def __init__(self, stage: str) -> None:
+        self.num_apart = 0
+        """Files of what is left that the next pass decodes apart, and no others; 0: none, it is over all."""
         self._stage = stage
-        self._num_apart, self._next_apart = 0, 1
+        self._next_apart = 1
         self._num_in_vain = 0
         self._in_vain: str | None = None  # why the last pass ended, if it stored nothing
 
     @property
     def is_apart(self) -> bool:
-        """Whether the next pass decodes apart, and is over one file only."""
-        return self._num_apart > 0
+        """Whether the next pass decodes apart."""
+        return self.num_apart > 0
 
     def add(self, encoded: Encoded) -> None:
         """Take a pass that is not the last.
@@ -127,11 +134,15 @@ class _Crashes:
         Raises:
             StageError: There is no sense in another one.
         """
-        crash = encoded.crash
+        crash, num_stored = encoded.crash, encoded.counts.stored
         if crash is None:  # what it decoded apart is done
-            self._num_apart -= 1
+            self.num_apart = 0
+            if num_stored:
+                self._num_in_vain, self._in_vain = 0, None
             return
-        before, self._in_vain = self._in_vain, None if encoded.counts.stored else crash
+        if not self.is_apart and num_stored >= self._next_apart * ROWS_PER_FILE:
+            self._next_apart = 1  # so much went at full speed that a search may begin anew
+        before, self._in_vain = self._in_vain, None if num_stored else crash
         self._num_in_vain = self._num_in_vain + 1 if self._in_vain else 0
         if self._in_vain == before == UNREACHABLE:  # so is, at times, one that dies at every image
             raise StageError(self._stage, DEAD_ENCODER)
@@ -144,7 +155,43 @@ class _Crashes:
             )
         if crash not in OF_NODES or self._in_vain == RESULTS_LOST:
             # Many nodes read many files at once: what was being read may lie in a later one than the first.
-            self._num_apart, self._next_apart = self._next_apart, 2 * self._next_apart
+            self.num_apart, self._next_apart = self._next_apart, 2 * self._next_apart
+
+
+class _Rests:
+    """What is left of a gap, pass by pass; the rest before goes, and of the last one only its files stay.
+
+    Args:
+        gap: See `encode_gap`.
+        before: The table as it was before the first pass.
+        work_uri: See `encode_gap`.
+        folder: See `encode_gap`.
+        lease: Checked before something is deleted.
+    """
+
+    def __init__(self, gap: Gap, before: Any, *, work_uri: str, folder: Path, lease: Lease) -> None:
+        self.uri = ""
+        """The folder or prefix of the files that were written last."""
+        self._gap, self._before, self._work_uri = gap, before, work_uri
+        self._folder, self._lease = folder, lease
+        self._num_written = 0
+
+    def write(self, after: Any) -> Gap:
+        """Write what is left; of the gap that comes back, the ids of rows are on no disk any more.
+
+        Args:
+            after: The table as it is now.
+        """
+        self._num_written += 1
+        last, self.uri = self.uri, join_uri(self._work_uri, f"rest-{self._num_written}")
+        folder = self._folder / f"{self._num_written}"
+        rest = _write_rest(self._gap, self._before, after, folder=folder, rest_uri=self.uri)
+        delete_tree(str(folder))
+        if last:
+            self._lease.check()
+            with contextlib.suppress(StorageError):  # the caller removes it with the others
+                delete_tree(last)
+        return rest
 
 
 def _tell(on_progress: Callable[[int], None], done: int, count: int) -> None:

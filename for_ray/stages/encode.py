@@ -108,7 +108,7 @@ class Encoded(NamedTuple):
 
 def encode(
     table: Any,
-    gap_uri: str,
+    gap: str | list[str],
     *,
     job: TableJob,
     pool: Pool,
@@ -123,7 +123,7 @@ def encode(
 
     Args:
         table: The table, at its latest version; nobody else writes to it.
-        gap_uri: A folder of Parquet files: `LISTING_SCHEMA` and metadata columns.
+        gap: A folder of Parquet files, or the files: `LISTING_SCHEMA` and metadata columns.
         job: What the workers have to know.
         pool: The actors.
         num_images: Rows of the gap.
@@ -138,7 +138,7 @@ def encode(
     """
     intake = _Intake(table, lease, num_images=num_images, tag=job.tag)
     read = partial(read_block, is_apart=True) if is_apart else read_block
-    dataset = make_dataset(gap_uri, job=job, pool=pool, num_images=num_images, read=read)
+    dataset = make_dataset(gap, job=job, pool=pool, num_images=num_images, read=read)
     crash = None
     try:
         for written in _drain(dataset, commit_seconds):
@@ -213,7 +213,7 @@ def data_context() -> DataContext:
 
 
 def make_dataset(
-    gap_uri: str,
+    gap: str | list[str],
     *,
     job: TableJob,
     pool: Pool,
@@ -224,16 +224,14 @@ def make_dataset(
     """The stage as a lazy dataset whose rows are those of `measured_write`; the arguments are `encode`'s.
 
     Args:
-        gap_uri: See `encode`.
+        gap: See `encode`.
         job: See `encode`.
         pool: See `encode`.
         num_images: See `encode`.
         read: Gives blocks their pixels, as `read_block` does.
         encode_with: The actors' class instead of the job's own.
     """
-    encoded = make_encoded(
-        gap_uri, job=job, pool=pool, num_images=num_images, read=read, encode_with=encode_with
-    )
+    encoded = make_encoded(gap, job=job, pool=pool, num_images=num_images, read=read, encode_with=encode_with)
     with DataContext.current(encoded.context), quiet_options():
         return encoded.map_batches(
             measured_write,
@@ -246,7 +244,7 @@ def make_dataset(
 
 
 def make_encoded(
-    gap: str | pa.Table,
+    gap: str | list[str] | pa.Table,
     *,
     job: ImageJob,
     pool: Pool,
@@ -257,8 +255,8 @@ def make_encoded(
     """The stage up to its actors, as a lazy dataset of what these answer; nothing is written.
 
     Args:
-        gap: A folder of Parquet files, or the rows themselves where they are few: `LISTING_SCHEMA` and
-            metadata columns.
+        gap: A folder of Parquet files, the files, or the rows themselves where they are few:
+            `LISTING_SCHEMA` and metadata columns.
         job: What the workers have to know.
         pool: The actors.
         num_images: Rows of the gap.
@@ -293,11 +291,12 @@ def make_encoded(
         )
 
 
-def _listed(gap: str | pa.Table) -> Dataset:
+def _listed(gap: str | list[str] | pa.Table) -> Dataset:
     if isinstance(gap, pa.Table):
         return ray.data.from_arrow(gap)
-    filesystem, path = arrow_filesystem(gap)
-    return ray.data.read_parquet(path, filesystem=filesystem, num_cpus=HALF_A_CPU)
+    uris = [gap] if isinstance(gap, str) else gap
+    places = [arrow_filesystem(uri) for uri in uris]
+    return ray.data.read_parquet([path for _, path in places], filesystem=places[0][0], num_cpus=HALF_A_CPU)
 
 
 @contextlib.contextmanager

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -16,7 +18,7 @@ from for_ray.stages import encode as stage
 from for_ray.stages.blocks import EncodeCounts
 from for_ray.stages.diff import write_gap
 from for_ray.stages.failures import DEAD_ENCODER, NEVER_STARTED, RESULTS_LOST, UNREACHABLE
-from for_ray.storage import Spill
+from for_ray.storage import Lease, Spill
 
 OF_PROCESS = "Worker unexpectedly exits"
 NUM_IMAGES = 12
@@ -25,16 +27,19 @@ NUM_IMAGES = 12
 class Passes:
     """Encode stages that store some rows each, find others gone, and may crash; how they were asked."""
 
-    def __init__(self, *passes: tuple[int, str | None] | tuple[int, str | None, int]) -> None:
-        self._passes = list(passes)
+    def __init__(self, home: Path, *passes: tuple[int, str | None] | tuple[int, str | None, int]) -> None:
+        self._home, self._passes = home, list(passes)
+        self.were_there: list[list[str]] = []
         self.were_apart: list[bool] = []
         self.asked: list[list[str]] = []
 
-    def encode(self, images, gap_uri, *, num_images, is_apart, on_progress, **_):
+    def encode(self, images, gap, *, num_images, is_apart, on_progress, **_):
         num_stored, crash, *rest = self._passes.pop(0)
-        uris = sorted(pq.read_table(gap_uri)["uri"].to_pylist())
+        uris = sorted(pq.read_table(gap)["uri"].to_pylist())
         assert len(uris) == num_images
         self.asked.append(uris)
+        there = [*self._home.glob("gap/rest-*"), *self._home.glob("work/*")]
+        self.were_there.append([path.name for path in there])
         self.were_apart.append(is_apart)
         schema = images_schema(4)
         columns = {field.name: pa.nulls(num_stored, field.type) for field in schema}
@@ -52,7 +57,7 @@ class Passes:
 @pytest.fixture
 def run(tmp_path, monkeypatch):
     def start(*passes: tuple[int, str | None] | tuple[int, str | None, int]):
-        made = Passes(*passes)
+        made = Passes(tmp_path, *passes)
         monkeypatch.setattr(stage, "encode", made.encode)
         listed = Spill(tmp_path / "listed", LISTING_SCHEMA)
         uris = [f"image-{number:02}" for number in range(NUM_IMAGES)]
@@ -60,16 +65,26 @@ def run(tmp_path, monkeypatch):
         listed.finish()
         gap = write_gap(listed, [], folder=tmp_path / "diff", gap_uri=str(tmp_path / "gap"))
         told: list[int] = []
-        given = {"job": None, "pool": None, "commit_seconds": 1.0, "most_bad": 9, "lease": None}
+        given = {"job": None, "pool": None, "commit_seconds": 1.0, "most_bad": 9, "lease": lease}
         images = table.create_table(str(tmp_path / "images.lance"), images_schema(4))
         where = {"work_uri": str(tmp_path / "gap"), "folder": tmp_path / "work"}
         return (
-            lambda **more: encode_gap(images, gap, **where, **given, on_progress=told.append, **more),
+            lambda **more: encode_gap(images, gap, **where, on_progress=told.append, **(given | more)),
             made,
             told,
         )
 
-    return start
+    with Lease.acquire(str(tmp_path / "lease.json"), "test") as lease:
+        yield start
+
+
+@pytest.fixture
+def rows_per_file(monkeypatch):
+    def set_to(number: int) -> None:
+        monkeypatch.setattr(diff, "ROWS_PER_FILE", number)
+        monkeypatch.setattr(encoding, "ROWS_PER_FILE", number)
+
+    return set_to
 
 
 def test_nodes_that_go_while_work_is_done_may_be_as_many_as_they_like(run):
@@ -118,26 +133,77 @@ def test_processes_may_die_as_often_as_images_were_stored_between(run):
     assert told[-1] == NUM_IMAGES
 
 
-def test_only_the_first_file_of_what_is_left_is_decoded_apart(run, monkeypatch):
-    """Behind a second crash two are, since what was being read may have lain in the second."""
-    monkeypatch.setattr(diff, "ROWS_PER_FILE", 2)
-    monkeypatch.setattr(encoding, "ROWS_PER_FILE", 2)
+def test_only_the_first_file_of_what_is_left_is_decoded_apart(run, rows_per_file):
+    """Behind a second crash two are, at once, since what was being read may have lain in the second."""
+    rows_per_file(2)
     start, made, told = run(
-        (2, OF_PROCESS), (2, None), (1, OF_PROCESS), (2, None), (1, UNREACHABLE), (2, None), (2, None)
+        (2, OF_PROCESS), (2, None), (1, OF_PROCESS), (1, UNREACHABLE), (4, None), (2, None)
     )
     encoded = start()
     assert encoded.counts == EncodeCounts(stored=NUM_IMAGES)
-    assert encoded.work.read_seconds == 7
-    assert made.were_apart == [False, True, False, True, True, True, False]
-    assert [len(uris) for uris in made.asked] == [12, 2, 8, 2, 2, 2, 2]
+    assert encoded.work.read_seconds == 6
+    assert made.were_apart == [False, True, False, True, True, False]
+    assert [len(uris) for uris in made.asked] == [12, 2, 8, 4, 4, 2]
     assert made.asked[1] == made.asked[0][2:4]
-    assert told == [2, 4, 5, 7, 8, 10, 12]
+    assert told == [2, 4, 5, 6, 10, 12]
     assert sorted(encoded.table.to_table(["uri"])["uri"].to_pylist()) == made.asked[0]
 
 
-def test_images_that_are_gone_are_counted_once_though_they_are_met_apart_too(run, monkeypatch):
-    monkeypatch.setattr(diff, "ROWS_PER_FILE", 3)
-    monkeypatch.setattr(encoding, "ROWS_PER_FILE", 3)
+def test_a_crash_behind_much_that_was_stored_has_one_file_decoded_apart_again(run, rows_per_file):
+    rows_per_file(2)
+    start, made, _ = run((2, OF_PROCESS), (2, None), (4, OF_PROCESS), (2, None), (2, None))
+    assert start().counts == EncodeCounts(stored=NUM_IMAGES)
+    assert made.were_apart == [False, True, False, True, False]
+    assert [len(uris) for uris in made.asked] == [12, 2, 8, 2, 2]
+
+
+def test_what_is_stored_apart_is_not_in_vain(run, rows_per_file):
+    """An image kills its process before the encoders are there to store any: passes over all store none."""
+    rows_per_file(1)
+    start, made, _ = run(*[(0, OF_PROCESS), (1, None)] * 4, (0, OF_PROCESS), (8, None))
+    assert start().counts == EncodeCounts(stored=NUM_IMAGES)
+    assert made.were_apart == [False, True] * 5
+    assert [len(uris) for uris in made.asked] == [12, 1, 11, 2, 10, 4, 9, 8, 8, 8]
+
+
+def test_an_encoder_out_of_reach_before_and_behind_what_was_stored_apart_is_not_dead(run, rows_per_file):
+    rows_per_file(2)
+    start, made, _ = run((0, OF_PROCESS), (0, UNREACHABLE), (2, None), (0, UNREACHABLE), (10, None))
+    assert start().counts == EncodeCounts(stored=NUM_IMAGES)
+    assert made.were_apart == [False, True, True, False, False]
+
+
+@pytest.mark.parametrize(
+    ("most_bad", "expected", "num_passes"),
+    [(1, EncodeCounts(stored=3, gone=2), 2), (2, EncodeCounts(stored=NUM_IMAGES), 3)],
+)
+def test_more_bad_images_apart_than_may_be_end_the_stage(run, rows_per_file, most_bad, expected, num_passes):
+    """The caller refuses them; no further pass comes before."""
+    rows_per_file(3)
+    start, made, _ = run((2, OF_PROCESS), (1, None, 2), (9, None))
+    assert start(most_bad=most_bad).counts == expected
+    assert len(made.asked) == num_passes
+
+
+def test_only_the_last_rest_stays_on_this_disk_and_in_the_store(run):
+    start, made, _ = run(*[(2, UNREACHABLE)] * 4, (4, None))
+    start()
+    assert made.were_there == [[], ["rest-1"], ["rest-2"], ["rest-3"], ["rest-4"]]
+
+
+def test_nothing_is_deleted_without_the_lease(run):
+    class Lost:
+        def check(self) -> None:
+            raise StageError("lease", "was lost to another run")
+
+    start, made, _ = run((2, UNREACHABLE), (2, UNREACHABLE), (8, None))
+    with pytest.raises(StageError, match="was lost"):
+        start(lease=Lost())
+    assert made.were_there == [[], ["rest-1"]]
+
+
+def test_images_that_are_gone_are_counted_once_though_they_are_met_apart_too(run, rows_per_file):
+    rows_per_file(3)
     start, made, _ = run((2, OF_PROCESS), (1, None, 2), (7, None, 2))
     assert start().counts == EncodeCounts(stored=10, gone=2)
     assert [len(uris) for uris in made.asked] == [12, 3, 9]
