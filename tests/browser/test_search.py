@@ -263,9 +263,7 @@ def test_last_page_ends_where_the_question_does(tab: Any) -> None:
         body = answered.json()
         num_hits = question["k"] if question.get("page") else 900
         hits = (body["hits"] * 15)[:num_hits]
-        body["hits"] = hits[:-5] + [
-            {**hit, "score": 0.99} for hit in hits[-5:]
-        ]  # the others are out of sight
+        body["hits"] = hits[:-5] + [{**hit, "score": 0.99} for hit in hits[-5:]]  # the others stay hidden
         route.fulfill(response=answered, json={**body, "next_page": body["next_page"] or "another"})
 
     tab.page.route("**/search", answer)
