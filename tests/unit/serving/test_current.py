@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from for_ray.index import snapshots
 from for_ray.model.bundle import Bundle, open_bundle
 from for_ray.retrieval import OpenIndex, Question, open_index
 from for_ray.retrieval.names import NameVectors
+from for_ray.serving import current as current_module
 from for_ray.serving.app import make_app
 from for_ray.serving.current import Current
 from for_ray.serving.service import Limits, Service
@@ -247,9 +249,35 @@ def test_what_can_not_be_warmed_is_closed(planted: PlantedIndex, monkeypatch: py
 def test_the_thread_refreshes_and_ends(planted: PlantedIndex) -> None:
     swapped = threading.Event()
 
+    def latest_id() -> int:
+        if current.num_swaps:
+            swapped.set()
+        return snapshots.latest(planted.layout).snapshot_id
+
+    current = Current(
+        lambda snapshot_id, beside: open_index(planted.uri, snapshot_id=snapshot_id, beside=beside),
+        latest_id,
+        refresh_seconds=0.01,
+    )
+    current.start()
+    grow(planted, "second")
+    assert swapped.wait(20)
+    current.stop()
+    assert current.snapshot_id == 2
+    assert not any(thread.name == "refresh" for thread in threading.enumerate())
+    current.close()
+
+
+def test_the_end_does_not_wait_for_a_snapshot_that_opens(
+    planted: PlantedIndex, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(current_module, "STOP_SECONDS", 0.01)
+    opening, go_on = threading.Event(), threading.Event()
+
     def open_snapshot(snapshot_id: int | None, beside: OpenIndex | None) -> OpenIndex:
         if beside is not None:
-            swapped.set()
+            opening.set()
+            assert go_on.wait(60)
         return open_index(planted.uri, snapshot_id=snapshot_id, beside=beside)
 
     current = Current(
@@ -257,10 +285,52 @@ def test_the_thread_refreshes_and_ends(planted: PlantedIndex) -> None:
     )
     current.start()
     grow(planted, "second")
-    assert swapped.wait(20)
-    current.stop()  # after the swap that runs
-    assert current.snapshot_id == 2
-    assert not any(thread.name == "refresh" for thread in threading.enumerate())
+    assert opening.wait(20)
+    (thread,) = (thread for thread in threading.enumerate() if thread.name == "refresh")
+    current.stop()  # goes on at once
+    assert thread.is_alive()
+    go_on.set()
+    thread.join(20)
+    assert not thread.is_alive()
+    assert (current.snapshot_id, current.num_swaps, current.num_failed) == (1, 0, 0)
+    current.close()
+    assert mapped(Path(planted.uri)) == set()  # what came too late was closed
+
+
+@pytest.mark.parametrize(
+    ("refresh_seconds", "waits"),
+    [(10.0, [10.0, 20.0, 40.0, 80.0, 160.0, 300.0]), (3600.0, [3600.0, 300.0, 300.0])],
+)
+def test_what_fails_is_tried_again_in_time_and_stale_since_it_failed(
+    planted: PlantedIndex, monkeypatch: pytest.MonkeyPatch, refresh_seconds: float, waits: list[float]
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(current_module, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    away = [False]
+
+    def latest_id() -> int:
+        if away[0]:
+            raise StorageError("s3://bucket is away")
+        return 1
+
+    current = Current(
+        lambda _, beside: open_index(planted.uri, beside=beside), latest_id, refresh_seconds=refresh_seconds
+    )
+    clock[0] += refresh_seconds
+    away[0] = True
+    found = [current._wait_seconds()]
+    for _ in waits[1:]:
+        current.refresh()
+        assert current.seconds_stale == clock[0] - refresh_seconds  # not since the last that did not fail
+        found.append(current._wait_seconds())
+        clock[0] += found[-1]
+    assert found == waits
+    for _ in range(2000):
+        current.refresh()
+    assert current._wait_seconds() == 300.0
+    away[0] = False
+    current.refresh()
+    assert (current.seconds_stale, current._wait_seconds()) == (0.0, refresh_seconds)
     current.close()
 
 

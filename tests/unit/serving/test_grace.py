@@ -1,10 +1,11 @@
 """The snapshot before stays open for a while, and one that another replica told of is looked for."""
 
 import gc
+import itertools
 import threading
 import weakref
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -97,7 +98,9 @@ def test_a_page_in_the_snapshot_before_keeps_it_open_to_its_end(planted: Planted
     assert mapped(Path(planted.uri)) == set()
 
 
-def test_a_failed_refresh_leaves_both(planted: PlantedIndex) -> None:
+def test_a_snapshot_that_does_not_open_leaves_the_current_one_and_ends_the_grace(
+    planted: PlantedIndex,
+) -> None:
     with graced(planted) as current:
         grow(planted, "second")
         assert current.refresh()
@@ -106,6 +109,8 @@ def test_a_failed_refresh_leaves_both(planted: PlantedIndex) -> None:
         assert not current.refresh()
         assert current.snapshot_id == 2
         assert current.seconds_stale > 0
+        with pytest.raises(SnapshotClosedError, match="1 is asked for"):  # it made room for the next one
+            current.lease(1).__enter__()
         with pytest.raises(SnapshotClosedError) as refused:
             current.lease(3).__enter__()
         assert refused.value.is_coming
@@ -139,7 +144,12 @@ def test_what_only_a_newer_snapshot_has_is_looked_for(
         assert current.num_failed == 0  # it was looked for just now
 
 
-def test_many_that_wait_for_a_snapshot_share_one_look(planted: PlantedIndex) -> None:
+@pytest.mark.parametrize("what", ["snapshot", "image"])
+def test_few_wait_for_a_snapshot_that_opens_and_share_one_look(
+    planted: PlantedIndex, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(current_module, "LOOK_SECONDS", 60.0)
+    monkeypatch.setattr(current_module, "MOST_MISS_SECONDS", 60.0)
     entered, leave = threading.Event(), threading.Event()
     looks: list[int] = []
 
@@ -155,26 +165,59 @@ def test_many_that_wait_for_a_snapshot_share_one_look(planted: PlantedIndex) -> 
         latest_id,
         refresh_seconds=10.0,
     )
-    waiting = threading.Barrier(9)
 
-    def ask() -> int:
-        waiting.wait(60)
-        with current.lease(2) as index:
-            return index.snapshot.snapshot_id
+    def ask() -> int | None:
+        try:
+            with current.lease(2) if what == "snapshot" else current.lease_with(3) as index:
+                return index.snapshot.snapshot_id
+        except SnapshotClosedError as refused:
+            return None if refused.is_coming else 0
 
     with ThreadPoolExecutor(9) as pool:
         first = pool.submit(current.refresh)
         assert entered.wait(60)
         asked = [pool.submit(ask) for _ in range(8)]
         grow(planted, "second")
-        waiting.wait(60)
+        at_once = list(itertools.islice(as_completed(asked, timeout=60), 8 - current_module.MOST_WAITERS))
+        assert [each.result() for each in at_once] == [None if what == "snapshot" else 1] * 6
         leave.set()
-        assert [each.result() for each in asked] == [2] * 8
+        assert [each.result() for each in asked if each not in at_once] == [2, 2]
         first.result()
     # The look that ran may have missed it; one more is for all who came meanwhile.
     assert len(looks) <= 2
     assert current.num_swaps == 1
     current.close()
+
+
+def test_snapshots_that_nobody_told_of_are_looked_for_now_and_then(
+    planted: PlantedIndex, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(current_module, "MISS_SECONDS", 600.0)
+    looks: list[int] = []
+    with graced(planted) as current:
+        monkeypatch.setattr(current, "_latest_id", lambda: looks.append(1) or 1)
+        for wanted in (7, 8, 7):
+            with pytest.raises(SnapshotClosedError) as refused:
+                current.lease(wanted).__enter__()
+            assert not refused.value.is_coming
+        assert len(looks) == 1
+        monkeypatch.setattr(current_module, "MISS_SECONDS", 0.0)
+        with pytest.raises(SnapshotClosedError):
+            current.lease(7).__enter__()
+        assert len(looks) == 2
+
+
+def test_an_image_of_the_snapshot_before_is_there_for_its_grace_time(planted: PlantedIndex) -> None:
+    with graced(planted) as current:
+        grow(planted, "second", deleted=(0,))
+        assert current.refresh()
+        for image_id, snapshot_id in ((0, 1), (1, 2), (3, 2)):
+            with current.lease_with(image_id) as index:
+                assert (index.snapshot.snapshot_id, index.image(image_id).image_id) == (snapshot_id, image_id)
+        current._end_grace()
+        with current.lease_with(0) as index:
+            assert (index.snapshot.snapshot_id, index.image(0)) == (2, None)
+    assert mapped(Path(planted.uri)) == set()  # all leases were given back
 
 
 def test_who_waits_too_long_for_a_snapshot_is_told_to_come_again(
