@@ -11,6 +11,7 @@ from collections.abc import Callable
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from for_ray.serving.guards import KNOWN
 from for_ray.serving.refusals import Refusal
 
 ADDRESSES_KEPT = 10_000
@@ -24,6 +25,12 @@ PICTURE_COST = 0.1
 
 BODIES_HELD = 16
 """Bodies of the largest size that may be held in memory at once; smaller ones accordingly more."""
+
+SMALL_BYTES = 65_536
+"""Of a body that passes however many are held: large ones that come in slowly must not hold up questions."""
+
+STRANGER_BYTES = 4_096
+"""Of a body whose client doesn't know the token: it has one to say, and no more."""
 
 _PICTURES = ("/thumbnails/", "/images/")
 _UNMETERED = frozenset({"/", "/healthz", "/metrics"})
@@ -75,6 +82,7 @@ class Bodies:
     Args:
         app: What is guarded.
         max_bytes: Of one body; all that are held at once have `BODIES_HELD` times as many.
+            Clients that don't know the token have `STRANGER_BYTES`.
     """
 
     def __init__(self, app: ASGIApp, max_bytes: int) -> None:
@@ -87,7 +95,8 @@ class Bodies:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        self._check_head(scope["method"], Headers(scope=scope))
+        max_bytes = self._max_bytes if scope.get(KNOWN, True) else min(STRANGER_BYTES, self._max_bytes)
+        self._check_head(scope["method"], Headers(scope=scope), max_bytes)
         num_bytes = 0
 
         async def receive_counted() -> Message:
@@ -96,7 +105,7 @@ class Bodies:
             if message["type"] == "http.request":
                 size = len(message.get("body", b""))
                 num_bytes, self._held_bytes = num_bytes + size, self._held_bytes + size
-                self._check_size(num_bytes)
+                self._check_size(num_bytes, max_bytes)
             return message
 
         try:
@@ -104,22 +113,24 @@ class Bodies:
         finally:
             self._held_bytes -= num_bytes
 
-    def _check_head(self, method: str, headers: Headers) -> None:
+    def _check_head(self, method: str, headers: Headers, max_bytes: int) -> None:
         if method == "POST" and _media_type(headers) != "application/json":
             # A page of another site can send forms and plain text without asking, and JSON it can't.
             raise Refusal(415, "request", "send the body as content-type application/json")
         declared = headers.get("content-length", "0")
-        if not (declared.isascii() and declared.isdigit()) or int(declared[:20]) > self._max_bytes:
-            raise self._too_large()
+        if not (declared.isascii() and declared.isdigit()) or int(declared[:20]) > max_bytes:
+            raise self._too_large(max_bytes)
 
-    def _check_size(self, num_bytes: int) -> None:
-        if num_bytes > self._max_bytes:
-            raise self._too_large()
-        if self._held_bytes > BODIES_HELD * self._max_bytes:
+    def _check_size(self, num_bytes: int, max_bytes: int) -> None:
+        if num_bytes > max_bytes:
+            raise self._too_large(max_bytes)
+        if num_bytes > SMALL_BYTES and self._held_bytes > BODIES_HELD * self._max_bytes:
             raise Refusal(503, "busy", "too many pictures come in: ask again in a moment", retry_after=1)
 
-    def _too_large(self) -> Refusal:
-        most = f"{self._max_bytes / 1e6:g} MB"
+    def _too_large(self, max_bytes: int) -> Refusal:
+        if max_bytes < self._max_bytes:
+            return Refusal(413, "too_large", f"without the token, a request has at most {max_bytes:,} bytes")
+        most = f"{max_bytes / 1e6:g} MB"
         return Refusal(413, "too_large", f"a request has at most {most}: send a smaller picture")
 
 

@@ -14,10 +14,10 @@ import logging
 import re
 import time
 from collections.abc import Callable
-from http.cookies import CookieError, SimpleCookie
 
 from starlette.datastructures import Headers as HeaderMap
 from starlette.datastructures import MutableHeaders
+from starlette.requests import cookie_parser
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from for_ray.serving.refusals import Refusal
@@ -181,11 +181,8 @@ def _proof(token: str, until: int) -> str:
 
 
 def _cookie(headers: HeaderMap) -> str:
-    try:
-        found = SimpleCookie(headers.get("cookie", "")).get(COOKIE)
-    except CookieError:
-        return ""
-    return found.value if found else ""
+    """The session's; cookies of other applications on this host are of any form."""
+    return cookie_parser(headers.get("cookie", "")).get(COOKIE, "")
 
 
 def _name_of(host: str) -> str:

@@ -116,6 +116,7 @@ def test_a_body_that_is_too_long_is_not_read_on() -> None:
 
 def test_bodies_that_are_held_have_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bounds, "BODIES_HELD", 2)
+    monkeypatch.setattr(bounds, "SMALL_BYTES", 9)
     inner: list[int] = []
 
     async def nested(scope: Scope, receive: Receive, send: Send) -> None:
@@ -129,6 +130,33 @@ def test_bodies_that_are_held_have_a_bound(monkeypatch: pytest.MonkeyPatch) -> N
     statuses = [anyio.run(answer_of, app, b"x" * 10) for _ in range(2)]
     assert inner == [503, 200] * 2  # the third does not fit; all is given back when they end
     assert statuses == [200, 200]
+
+
+def test_small_bodies_pass_while_large_ones_are_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bounds, "BODIES_HELD", 1)
+    inner: list[int] = []
+
+    async def nested(scope: Scope, receive: Receive, send: Send) -> None:
+        body = await Request(scope, receive).body()
+        if len(body) > bounds.SMALL_BYTES and not inner:
+            inner.append(await answer_of(app, b"x" * bounds.SMALL_BYTES))
+            inner.append(await answer_of(app, b"x" * (bounds.SMALL_BYTES + 1)))
+        await PlainTextResponse("held")(scope, receive, send)
+
+    app = guards.Headers(bounds.Bodies(nested, 100_000), lambda *_: None)
+    assert anyio.run(answer_of, app, b"x" * 100_000) == 200
+    assert inner == [200, 503]
+
+
+@pytest.mark.parametrize(("size", "status"), [(bounds.STRANGER_BYTES, 200), (bounds.STRANGER_BYTES + 1, 413)])
+@pytest.mark.parametrize("has_length", [True, False])
+def test_who_does_not_know_the_token_sends_little(size: int, status: int, has_length: bool) -> None:
+    app = guards.Tokens(bounds.Bodies(echo, 100_000), TOKEN)
+    content = b"x" * size if has_length else iter([b"x" * (size - 1), b"x"])
+    answer = guarded(app).post("/session", content=content, headers={"Content-Type": "application/json"})
+    assert answer.status_code == status
+    known = {"Content-Type": "application/json", "Authorization": f"Bearer {TOKEN}"}
+    assert guarded(app).post("/session", content=b"x" * size, headers=known).status_code == 200
 
 
 async def answer_of(app: ASGIApp, body: bytes) -> int:
@@ -227,6 +255,7 @@ TOKEN = "a token of many letters"
         ({}, 401),
         ({"Cookie": f"{guards.COOKIE}={guards.session_of(TOKEN)}"}, 200),
         ({"Cookie": f"a=b; {guards.COOKIE}={guards.session_of(TOKEN)}; c=d"}, 200),
+        ({"Cookie": f'x={{"a": 1}}; é[]=,"; {guards.COOKIE}={guards.session_of(TOKEN)}; b'.encode()}, 200),
         ({"Cookie": f"{guards.COOKIE}={TOKEN}"}, 401),  # the cookie is not the token
         ({"Cookie": f"{guards.COOKIE}={guards.session_of('another')}"}, 401),
         ({"Cookie": f"{guards.COOKIE}="}, 401),
