@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from starlette.exceptions import HTTPException
@@ -20,6 +21,7 @@ class Refusal(HTTPException):
         reason: One line.
         position: The letter of the question that it is about, from 0.
         retry_after: Seconds until it is worth another try.
+        headers: Others of the answer.
     """
 
     def __init__(
@@ -29,14 +31,17 @@ class Refusal(HTTPException):
         reason: str,
         position: int | None = None,
         retry_after: int | None = None,
+        headers: Mapping[str, str] | None = None,
     ) -> None:
-        super().__init__(status, reason)
+        super().__init__(status, reason, headers)
         self.status, self.code, self.reason = status, code, reason
         self.position, self.retry_after = position, retry_after
 
     def response(self) -> JSONResponse:
         """As it is sent."""
-        headers = {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}
+        headers = dict(self.headers or {})
+        if self.retry_after is not None:
+            headers["Retry-After"] = str(self.retry_after)
         body: dict[str, Any] = {"error": one_line(self.reason), "code": self.code, "position": self.position}
         return JSONResponse(body, self.status, headers)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any
 
+from anyio import CapacityLimiter
 from fastapi import Query, Request
 from pydantic import BeforeValidator
 from starlette.datastructures import Headers
@@ -62,6 +63,7 @@ class Routes:
         self._questions = Room(limits.questions_at_once, limits.questions_waiting)
         self._uploads = Room(limits.uploads_at_once, limits.uploads_waiting)
         self._pictures = Room(limits.pictures_at_once, limits.pictures_waiting)
+        self._sending = CapacityLimiter(limits.pictures_at_once)
         self._thumbnails = pictures.Thumbnails(limits.thumbnail_bytes)
         self._health = Health(service.current)
         self.metrics = Metrics(service.current, self._num_waiting, meters=meters)
@@ -135,7 +137,7 @@ class Routes:
             max_age=guards.SESSION_SECONDS,
             httponly=True,
             samesite="strict",
-            secure=request.url.scheme == "https",
+            secure=_is_https(request),
         )
         return answer
 
@@ -143,6 +145,7 @@ class Routes:
         """Give the cookie back."""
         answer = Response(status_code=204)
         answer.delete_cookie(guards.COOKIE, httponly=True, samesite="strict")
+        answer.headers["Clear-Site-Data"] = '"cache"'  # thumbnails are kept by browsers
         return answer
 
     def _room(self, body: messages.QuestionBody) -> Room:
@@ -184,7 +187,7 @@ class Routes:
             image = pictures.held_image(index, image_id)
         if redirect:
             return RedirectResponse(pictures.presigned_url(image), 307)
-        return image_response(image, asked)
+        return image_response(image, asked, self._sending)
 
     def _objects(self, image_id: int) -> Response:
         with self._current.lease_with(image_id) as index:
@@ -239,6 +242,12 @@ class Routes:
             "examples": list(self._service.examples),
             "limits": self._service.limits.to_json(),
         }
+
+
+def _is_https(request: Request) -> bool:
+    """Whether the client, or the proxy that it came through, says so; a false word only costs its cookie."""
+    forwarded = request.headers.get("x-forwarded-proto", "").partition(",")[0].strip().lower()
+    return "https" in (request.url.scheme, forwarded)
 
 
 def _wanted(question: Question, snapshot_id: int | None) -> int | None:

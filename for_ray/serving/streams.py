@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
+from functools import partial
 
+import anyio.to_thread
+from anyio import CapacityLimiter
 from starlette.datastructures import Headers
 from starlette.responses import Response, StreamingResponse
 
@@ -46,8 +49,13 @@ class _File:
             yield self.read(begin, min(begin + PIECE_BYTES, end))
 
 
-def image_response(image: StoredImage, asked: Headers) -> Response:
+def image_response(image: StoredImage, asked: Headers, limiter: CapacityLimiter | None = None) -> Response:
     """The file of an image; `If-None-Match`, `Range` (one) and `If-Range` of the request are heeded.
+
+    Args:
+        image: What is sent.
+        asked: The request's headers.
+        limiter: Of the threads that read what is sent; anyio's own where None.
 
     Raises:
         Refusal: It is gone, or was changed since it was indexed; or it has no such range.
@@ -73,7 +81,7 @@ def image_response(image: StoredImage, asked: Headers) -> Response:
     headers["Content-Length"] = str(end - start)
     if wanted:
         headers["Content-Range"] = f"bytes {start}-{end - 1}/{size}"
-    content = _after(first, file.pieces(start + len(first), end))
+    content = _after(first, file.pieces(start + len(first), end), limiter)
     return StreamingResponse(content, 206 if wanted else 200, headers=headers, media_type=kind)
 
 
@@ -83,9 +91,13 @@ def is_known(etag: str, asked: Headers) -> bool:
     return etag in {each.strip().removeprefix("W/") for each in known.split(",")}
 
 
-def _after(first: bytes, others: Iterator[bytes]) -> Iterator[bytes]:
+async def _after(
+    first: bytes, others: Iterator[bytes], limiter: CapacityLimiter | None
+) -> AsyncIterator[bytes]:
     yield first
-    yield from others
+    following = partial(next, others, None)
+    while (piece := await anyio.to_thread.run_sync(following, limiter=limiter)) is not None:
+        yield piece
 
 
 def _range(asked: str, size: int) -> tuple[int, int] | None:
@@ -105,5 +117,6 @@ def _range(asked: str, size: int) -> tuple[int, int] | None:
         if last and int(last) < int(first):
             return None
     if start >= size:
-        raise Refusal(416, "range", f"the file has {size:,} bytes: ask for some of these")
+        reason = f"the file has {size:,} bytes: ask for some of these"
+        raise Refusal(416, "range", reason, headers={"Content-Range": f"bytes */{size}"})
     return start, end

@@ -85,8 +85,26 @@ def test_a_session_is_a_cookie_for_the_token(served: Served) -> None:
     assert TOKEN not in cookie
     assert client.get("/about").status_code == 200
     assert client.get("/thumbnails/0").status_code == 200
-    assert client.delete("/session").status_code == 204
+    signed_out = client.delete("/session")
+    assert (signed_out.status_code, signed_out.headers["clear-site-data"]) == (204, '"cache"')
     assert client.get("/about").status_code == 401
+
+
+@pytest.mark.parametrize(
+    ("forwarded", "is_secure"), [(None, False), ("http", False), ("https", True), ("HTTPS, http", True)]
+)
+def test_a_cookie_that_came_through_tls_is_secure(
+    served: Served, forwarded: str | None, is_secure: bool
+) -> None:
+    headers = {} if forwarded is None else {"X-Forwarded-Proto": forwarded}
+    signed_in = served.client(token=TOKEN).post("/session", json={"token": TOKEN}, headers=headers)
+    assert ("Secure" in signed_in.headers["set-cookie"]) == is_secure
+
+
+def test_who_does_not_know_the_token_is_told_why_much_is_refused(served: Served) -> None:
+    refused = served.client(token=TOKEN).post("/session", json={"token": "x" * 5000})
+    assert (refused.status_code, refused.json()["code"]) == (413, "too_large")
+    assert refused.json()["error"] == "without the token, a request has at most 4,096 bytes"
 
 
 def test_why_a_refresh_failed_is_told_to_those_who_know_the_token(

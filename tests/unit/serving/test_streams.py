@@ -7,6 +7,7 @@ import io
 import tarfile
 from pathlib import Path
 
+import anyio.to_thread
 import numpy as np
 import pytest
 from starlette.datastructures import Headers
@@ -95,6 +96,7 @@ def test_a_range_behind_the_end_is_refused(stored: StoredImage, asked: str) -> N
     with pytest.raises(Refusal, match="the file has 2,500,003 bytes") as refused:
         sent(stored, range=asked)
     assert refused.value.status == 416
+    assert refused.value.response().headers["content-range"] == f"bytes */{len(CONTENT)}"
 
 
 def test_who_has_the_file_is_not_sent_it_again(stored: StoredImage, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,6 +111,18 @@ def test_who_has_the_file_is_not_sent_it_again(stored: StoredImage, monkeypatch:
     for known in (etag, f'"another", W/{etag}'):
         status, pieces, headers = sent(stored, if_none_match=known)
         assert (status, pieces, headers["etag"]) == (304, [], etag)
+
+
+def test_pieces_are_read_in_threads_of_their_own(stored: StoredImage) -> None:
+    async def bytes_sent() -> int:
+        limiter = anyio.CapacityLimiter(1)
+        anyio.to_thread.current_default_thread_limiter().total_tokens = 0  # taken by others
+        answer = streams.image_response(stored, Headers({}), limiter)
+        assert isinstance(answer, StreamingResponse)
+        with anyio.fail_after(20):
+            return sum([len(piece) async for piece in answer.body_iterator])
+
+    assert asyncio.run(bytes_sent()) == len(CONTENT)
 
 
 def test_a_file_that_changes_while_it_is_sent_breaks_off(tmp_path: Path) -> None:
@@ -156,4 +170,5 @@ def test_over_http(client: TestClient, served: Served) -> None:
     assert (part.status_code, part.content) == (206, content[2:6])
     refused = client.get("/images/0", headers={"Range": "bytes=999999-"})
     assert (refused.status_code, refused.json()["code"]) == (416, "range")
+    assert refused.headers["content-range"] == f"bytes */{len(content)}"
     assert client.get("/images/8", headers={"If-None-Match": whole.headers["etag"]}).status_code == 410
