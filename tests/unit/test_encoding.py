@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
@@ -52,6 +54,14 @@ class Passes:
             read_seconds=1, wait_seconds=0, encode_seconds=0, write_seconds=0, num_actors=1, has_gpus=False
         )
         return stage.Encoded(images, EncodeCounts(stored=num_stored, gone=sum(rest)), work, crash)
+
+
+@pytest.fixture(autouse=True)
+def _few_objects() -> Iterator[None]:
+    """Each pass collects garbage, which would look at all that the tests before have left in this process."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture
