@@ -10,13 +10,12 @@ import csv
 import io
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from for_ray.errors import DataError
-from for_ray.storage import is_s3, read_bytes, shown, stat
+from for_ray.storage import RangedReader, is_s3, read_bytes, shown, stat
 
 MAX_FIELD_CHARACTERS = 1 << 24
 
@@ -88,7 +87,7 @@ def stream_column(uri: str, name: str) -> Iterator[list[str | None]]:
         StorageError: The store refused, or the file was changed meanwhile.
     """
     with _readable_parquet(uri):
-        file = pq.ParquetFile(_Object(uri), buffer_size=COLUMN_BYTES, pre_buffer=False)
+        file = pq.ParquetFile(RangedReader(stat(uri)), buffer_size=COLUMN_BYTES, pre_buffer=False)
         _require(uri, file.schema_arrow.names, [name])
         kind = file.schema_arrow.field(name).type
         if pa.types.is_dictionary(kind):
@@ -150,35 +149,6 @@ def _readable_parquet(uri: str) -> Iterator[None]:
         raise DataError(
             f"{shown(uri)} is no readable Parquet: {' '.join(str(error).split())[:120]}"
         ) from error
-
-
-class _Object(io.RawIOBase):
-    """A file or object as Arrow reads one: in parts, each by a request."""
-
-    def __init__(self, uri: str) -> None:
-        super().__init__()
-        self._entry, self._place = stat(uri), 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._place
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._place, io.SEEK_END: self._entry.size_bytes}[whence]
-        self._place = max(0, start + offset)
-        return self._place
-
-    def readinto(self, target: Any) -> int:
-        length = max(0, min(len(target), self._entry.size_bytes - self._place))
-        content = read_bytes(self._entry.uri, etag=self._entry.etag, start=self._place, length=length)
-        target[:length] = content
-        self._place += length
-        return length
 
 
 def _decoded(uri: str, content: bytes, *, num_before: int = 0) -> str:

@@ -23,6 +23,7 @@ from for_ray.storage.objects import (
     upload,
     write_bytes,
 )
+from for_ray.storage.ranged import RangedReader
 from for_ray.storage.refusals import ConditionFailed, ObjectChanged, ObjectDenied, ObjectGone
 from for_ray.storage.spill import Spill
 from for_ray.storage.tars import find_image, list_members, read_image
@@ -35,6 +36,7 @@ __all__ = [
     "ObjectChanged",
     "ObjectDenied",
     "ObjectGone",
+    "RangedReader",
     "Spill",
     "arrow_filesystem",
     "canonical_uri",

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 
 from for_ray.errors import DataError
 from for_ray.storage.objects import Entry, read_bytes, stat
+from for_ray.storage.ranged import RangedReader
 from for_ray.storage.uris import is_s3, shown
 
 MAX_IMAGE_BYTES = 1 << 28
@@ -120,31 +121,4 @@ def _padded(size: int) -> int:
 
 def _open(tar: Entry) -> io.BufferedReader:
     # On S3 a request takes as long as 256 KiB of an answer: skipping less by another request is no gain.
-    return io.BufferedReader(_RangedReader(tar), 1 << 18 if is_s3(tar.uri) else 4096)
-
-
-class _RangedReader(io.RawIOBase):
-    """A seekable file over ranged reads, each bound to the listed etag."""
-
-    def __init__(self, entry: Entry) -> None:
-        self._entry = entry
-        self._position = 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._entry.size_bytes}[whence]
-        self._position = start + offset
-        return self._position
-
-    def readinto(self, buffer: bytearray | memoryview) -> int:  # type: ignore[override]
-        length = max(min(len(buffer), self._entry.size_bytes - self._position), 0)
-        uri, etag, _ = self._entry
-        content = read_bytes(uri, etag=etag, start=self._position, length=length)
-        buffer[: len(content)] = content
-        self._position += len(content)
-        return len(content)
+    return io.BufferedReader(RangedReader(tar), 1 << 18 if is_s3(tar.uri) else 4096)

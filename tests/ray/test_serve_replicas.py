@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import socket
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +15,7 @@ from for_ray.index import snapshots
 from for_ray.retrieval import OpenIndex, Question, open_index
 from for_ray.serving.client import Client, ServiceError
 from tests.planted import PlantedIndex
-from tests.ray.test_serving import JOB, SECONDS, WORDS, Service, actors, plain, planted, wait_until
+from tests.ray.test_serving import SECONDS, WORDS, Service, actors, plain, planted, served, wait_until
 
 __all__ = ["planted"]
 
@@ -30,23 +26,9 @@ NUM_PAGES = 3
 @pytest.fixture(scope="module")
 def service(planted: PlantedIndex, ray_address: str) -> Iterator[Service]:
     """On the cluster with two GPUs in its books: each replica reserves one."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    flags = ["--port", port, "--replicas", 2, "--refresh-seconds", 2, "--requests-per-second", 0]
-    process = subprocess.Popen(
-        [sys.executable, str(JOB), "--index", planted.uri, "--device", "auto", *map(str, flags)],
-        env={**os.environ, "RAY_ADDRESS": ray_address},
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        said = process.stderr.readline()
-        assert said == f"serving http://127.0.0.1:{port}\n", said + process.stderr.read()
-        yield Service(process, f"http://127.0.0.1:{port}")
-    finally:
-        if process.poll() is None:
-            process.terminate()
-            process.wait(SECONDS)
+    flags = ("--device", "auto", "--replicas", 2, "--refresh-seconds", 2)
+    with served(planted.uri, ray_address, *flags) as found:
+        yield found
 
 
 def replicas(service: Service, num_asked: int = 40) -> dict[str, int]:

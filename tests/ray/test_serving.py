@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import signal
@@ -57,25 +58,14 @@ class Service(NamedTuple):
         return Client(self.url)
 
 
-@pytest.fixture(scope="module")
-def service(planted: PlantedIndex, ray_address: str) -> Iterator[Service]:
-    """The command, on the cluster that this process has joined too."""
+@contextlib.contextmanager
+def served(index_uri: str, ray_address: str, *flags: object) -> Iterator[Service]:
+    """The command with these flags, on a cluster that is there."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    flags = [
-        "--port",
-        port,
-        "--shards",
-        NUM_SHARDS,
-        "--refresh-seconds",
-        0.1,
-        "--grace-seconds",
-        1,
-        "--requests-per-second",
-        0,
-    ]
+    given = ["--index", index_uri, "--port", port, "--requests-per-second", 0, *flags]
     process = subprocess.Popen(
-        [sys.executable, str(JOB), "--index", planted.uri, *map(str, flags)],
+        [sys.executable, str(JOB), *map(str, given)],
         env={**os.environ, "RAY_ADDRESS": ray_address},
         stderr=subprocess.PIPE,
         text=True,
@@ -88,6 +78,14 @@ def service(planted: PlantedIndex, ray_address: str) -> Iterator[Service]:
         if process.poll() is None:
             process.terminate()
             process.wait(SECONDS)
+
+
+@pytest.fixture(scope="module")
+def service(planted: PlantedIndex, ray_address: str) -> Iterator[Service]:
+    """The command, on the cluster that this process has joined too."""
+    flags = ("--shards", NUM_SHARDS, "--refresh-seconds", 0.1, "--grace-seconds", 1)
+    with served(planted.uri, ray_address, *flags) as found:
+        yield found
 
 
 def actors(name: str) -> dict[str, int]:
