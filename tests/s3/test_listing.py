@@ -20,9 +20,9 @@ from for_ray.storage import (
     arrow_filesystem,
     delete,
     join_uri,
+    ranged,
     read_image,
     s3_client,
-    tars,
     upload,
     write_bytes,
 )
@@ -72,13 +72,13 @@ def test_bodies_of_tar_members_are_not_read(bucket_uri, tmp_path, monkeypatch):
             archive.addfile(header, io.BytesIO(os.urandom(header.size)))
     upload(tmp_path / "a.tar", f"{bucket_uri}/a.tar")
     lengths: list[int] = []
-    read = tars.read_bytes
+    read = ranged.read_bytes
     monkeypatch.setattr(
-        tars, "read_bytes", lambda uri, **range_: lengths.append(range_["length"]) or read(uri, **range_)
+        ranged, "read_bytes", lambda uri, **range_: lengths.append(range_["length"]) or read(uri, **range_)
     )
     assert write_listing(bucket_uri, tmp_path / "rows").num_listed == 8
     assert sum(lengths) < (16 << 20) / 4
-    assert len(lengths) <= 10
+    assert 0 < len(lengths) <= 10
 
 
 def test_a_tar_that_was_replaced_is_refused(bucket_uri, tmp_path):
@@ -163,6 +163,6 @@ def test_a_trouble_in_a_tar_is_not_taken_for_its_end(bucket_uri, tmp_path, monke
     def refuse(*_: object, **__: object) -> bytes:
         raise StorageError("cannot read: the store is away")
 
-    monkeypatch.setattr(tars, "read_bytes", refuse)
+    monkeypatch.setattr(ranged, "read_bytes", refuse)
     with pytest.raises(StorageError, match="the store is away"):
         write_listing(f"{bucket_uri}/x", tmp_path / "rows")
