@@ -35,11 +35,12 @@ FLAT_BELOW = 10_000
 MIN_TRAINING_PER_LIST = 39
 """FAISS's own `ClusteringParameters.min_points_per_centroid`; with fewer it warns on stderr."""
 
-TRAINING_PER_LIST, KMEANS_ROUNDS = 64, 6
-"""FAISS takes 39 to 256 vectors of a list and 10 rounds. On 1,000,000 clustered vectors of 256 dimensions in
-2048 lists, 64 and 6 take 0.29 of the time of 128 and 10; the nearest 103 lists then hold 0.951 of the 50
-nearest vectors against 0.948. On another draw, 400,000 in 1024 lists, 64 vectors lose 0.002 to 0.006 at 64
-lists, fewer rounds nothing."""
+FEW_TRAINING_PER_LIST, MANY_TRAINING_PER_LIST, MANY_TRAINING = 64, 128, 1 << 20
+"""128 vectors a list until they are a million, then 64 at least; FAISS uses 39 to 256 of a list. Of 400,000
+clustered vectors in 1024 lists the nearest 64 lists hold 0.974 of the 50 nearest with 128, 0.969 with 64."""
+
+KMEANS_ROUNDS = 6
+"""FAISS's default is 10, which find nothing more on the same vectors."""
 
 LISTS_PER_ROOT = 4
 """nlist = 4·√n: the lower end of FAISS's guideline (4·√n to 16·√n), for k-means is what training costs."""
@@ -122,7 +123,7 @@ def plan_index(
         factory=factory,
         nlist=nlist,
         nprobe=_first_nprobe(num_vectors, nlist),
-        training_vectors=min(sample, TRAINING_PER_LIST * nlist),
+        training_vectors=min(sample, _wanted_sample(nlist)),
         vectors_per_segment=per_segment,
         num_segments=num_segments,
         bytes_per_vector=bytes_per_vector,
@@ -134,6 +135,10 @@ def plan_index(
 def wanted_lists(num_vectors: int) -> int:
     """The lists that so many vectors want, whatever memory there is to train them."""
     return _power_of_two(LISTS_PER_ROOT * math.sqrt(num_vectors))
+
+
+def _wanted_sample(nlist: int) -> int:
+    return min(MANY_TRAINING_PER_LIST * nlist, max(FEW_TRAINING_PER_LIST * nlist, MANY_TRAINING))
 
 
 def _largest_sample(num_vectors: int, dim: int, *, memory_bytes: int) -> int:

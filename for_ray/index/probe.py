@@ -131,17 +131,9 @@ def _search_lists(segment: faiss.Index, probes: Probes, k: int, selector: faiss.
         k,
         *map(faiss.swig_ptr, (lists, similarity, scores, vector_ids)),
         False,
-        _parameters(ivf, lists.shape[1], selector),
+        faiss.SearchParametersIVF(nprobe=lists.shape[1], sel=selector),
     )
     return Hits(scores, vector_ids)
-
-
-def _parameters(
-    ivf: faiss.IndexIVF, nprobe: int, selector: faiss.IDSelector | None
-) -> faiss.SearchParametersIVF:
-    if isinstance(ivf, faiss.IndexIVFRaBitQ):
-        return faiss.IVFRaBitQSearchParameters(nprobe=nprobe, sel=selector)
-    return faiss.SearchParametersIVF(nprobe=nprobe, sel=selector)
 
 
 def _drop(hits: Hits, is_dropped: NDArray[np.bool_]) -> Hits:

@@ -1,8 +1,9 @@
 """Vectors → one immutable FAISS file.
 
 Memory: the codec, the codes in FAISS's lists, which double as they grow (twice the segment's bytes at most),
-24 bytes a vector while ids are compared, and a chunk of float32 vectors. `plan_index` cuts segments so that
-half of a task's memory holds the codec and the lists.
+24 bytes a vector while ids are compared, and a chunk of float32 vectors three times: as given, rotated, and
+their lists' centroids. `plan_index` cuts segments so that half of a task's memory holds the codec and the
+lists.
 """
 
 from __future__ import annotations
@@ -19,10 +20,11 @@ from numpy.typing import NDArray
 
 from for_ray.errors import DataError, StorageError
 from for_ray.index.codec import read_codec, write_index
+from for_ray.index.rabitq import add_encoded, encodes
 from for_ray.schema import image_ids_of, slots_of
 
-CHUNK_VECTORS = 1 << 15
-"""Vectors that are turned into float32 at once: 128 MB at 1024 dimensions."""
+CHUNK_VECTORS = 1 << 14
+"""Vectors that are turned into float32 at once: 64 MB at 1024 dimensions."""
 
 LENGTH_TOLERANCE = 0.01
 """A unit vector rounded to float16 is off by 2^-11 of each value, so by less than 0.001 in length."""
@@ -51,7 +53,7 @@ def build_segment(
         codec_path: The trained codec, read only.
         batches: Vector ids [n] and their unit vectors [n, D], float16 or float32; any order, each id once.
         path: Where the segment goes; replaced when it exists.
-        threads: For FAISS.
+        threads: For FAISS and for the code.
 
     Raises:
         DataError: A vector is not finite or not of length 1, or an id comes twice: names image and slot.
@@ -68,7 +70,7 @@ def build_segment(
             chunk = np.ascontiguousarray(vectors[start : start + CHUNK_VECTORS], np.float32)
             chunk_ids = vector_ids[start : start + CHUNK_VECTORS]
             _check_values(chunk_ids, chunk)
-            index.add_with_ids(chunk, chunk_ids)
+            _add(index, chunk, chunk_ids, threads=threads)
         ids.append(vector_ids)
     _check_unique(np.concatenate(ids))
     return write_segment(index, path)
@@ -116,6 +118,20 @@ def write_whole(path: Path, sizes: NDArray[np.int64], write: Callable[[Path], No
     # FAISS's imbalance factor: nlist·Σ(n_i/n)².
     imbalance = len(sizes) * float(np.square(sizes, dtype=np.float64).sum()) / max(1, num_vectors) ** 2
     return SegmentFile(path, num_vectors, num_bytes, digest, imbalance if num_vectors else 1.0)
+
+
+def _add(
+    index: faiss.Index, vectors: NDArray[np.float32], vector_ids: NDArray[np.int64], *, threads: int
+) -> None:
+    ivf = faiss.downcast_index(faiss.extract_index_ivf(index))
+    if not encodes(ivf):
+        index.add_with_ids(vectors, vector_ids)
+        return
+    if isinstance(index, faiss.IndexPreTransform):
+        for number in range(index.chain.size()):
+            vectors = index.chain.at(number).apply(vectors)
+    add_encoded(ivf, vectors, vector_ids, threads=threads)
+    index.ntotal = ivf.ntotal
 
 
 def _check_shapes(vector_ids: NDArray[np.int64], vectors: NDArray[np.floating], *, dim: int) -> None:

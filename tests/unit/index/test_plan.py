@@ -32,7 +32,7 @@ def test_what_holds_for_every_plan(num_vectors, dim, codec, memory):
     assert (plan.num_segments - 1) * plan.vectors_per_segment < max(1, num_vectors)
     # Training: enough for FAISS not to warn, no more than there are, in a quarter of the memory.
     assert plan.nlist == 1 or plan.training_vectors >= 39 * plan.nlist
-    assert plan.training_vectors <= min(num_vectors, 64 * plan.nlist)
+    assert plan.training_vectors <= min(num_vectors, 128 * plan.nlist)
     assert plan.training_vectors * dim * 4 <= memory / 4
     assert 1 <= plan.nprobe <= plan.nlist
     # A task holds its lists, which may be twice their content, and the codec.

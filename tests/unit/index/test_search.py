@@ -10,6 +10,7 @@ import pytest
 
 from for_ray.errors import DataError
 from for_ray.evaluation.exact import exact_top_images, recall_at_k
+from for_ray.index import rabitq as rabitq_module
 from for_ray.index.search import SegmentSet, search_images
 from for_ray.schema import image_ids_of, pack_vector_ids
 
@@ -204,7 +205,10 @@ class TestImages:
 
 class TestVectors:
     @pytest.mark.parametrize("codec", CODECS)
-    def test_segments_find_what_one_index_finds(self, make_images, make_queries, build, codec):
+    def test_segments_find_what_one_index_finds(self, make_images, make_queries, build, codec, monkeypatch):
+        # By RaBitQ's signs FAISS leaves out what is far from the hits so far, which are others in a segment.
+        # It goes by a bound that holds for nearly all vectors, and here for all.
+        monkeypatch.setattr(rabitq_module, "ERROR_FACTOR", 20)
         images = make_images(300)
         whole = SegmentSet(build(images, codec).paths, nprobe=3)
         parts = SegmentSet(build(images, codec, cuts=[10, 11, 200], name="b").paths, nprobe=3)

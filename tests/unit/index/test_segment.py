@@ -12,6 +12,7 @@ import pytest
 
 from for_ray.errors import DataError, StorageError
 from for_ray.index import segment as segment_module
+from for_ray.index.rabitq import encode
 from for_ray.index.segment import build_segment
 from for_ray.schema import pack_vector_ids
 
@@ -131,3 +132,21 @@ def test_the_last_slot_is_kept(images, codec_path, tmp_path):
     index = faiss.read_index(str(written.path))
     index.nprobe = 8
     assert index.search(images.vectors[:1].astype(np.float32), 1)[1].item() == 7 * 256 + 255
+
+
+@pytest.mark.parametrize("factory", ["HR,IVF8,RaBitQ4", "IVF8,RaBitQ2"])
+def test_codes_of_several_bits_are_encoded_in_blocks(factory, images, build):
+    built = build(images, factory)
+    index = faiss.read_index(str(built.paths[0]))
+    ivf = faiss.downcast_index(faiss.extract_index_ivf(index))
+    vectors = images.vectors.astype(np.float32)
+    if factory.startswith("HR"):
+        vectors = index.chain.at(0).apply(vectors)
+    lists = ivf.quantizer.assign(vectors, 1).ravel()
+    expected = encode(vectors, ivf.quantizer.reconstruct_batch(lists), bits=ivf.rabitq.nb_bits, threads=1)
+
+    for number in range(8):
+        num_codes = ivf.invlists.list_size(number)
+        codes = faiss.rev_swig_ptr(ivf.invlists.get_codes(number), num_codes * ivf.code_size)
+        assert np.array_equal(codes.reshape(num_codes, ivf.code_size), expected[lists == number])
+    assert index.ntotal == len(vectors)
