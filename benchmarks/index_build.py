@@ -13,12 +13,12 @@ each. autofaiss runs in a venv of its own, which this script makes in the folder
                   nprobe: what someone who knows FAISS would ask autofaiss for, not what it chooses or tunes
 
 Ours is built as the plan has it, with 3 and 8 bits, and with 4-bit scalars (`scalars`), which take next to
-no time to make: for RaBitQ's bits FAISS searches the best scale of each vector, 30 µs of a core each, three
-times what finding its list takes. `build` is from the vectors in a .npy file to the index on disk, the
-search's parameters chosen; each build is a process of its own, whose peak memory is the kernel's (VmHWM).
-Builds take turns; the figure is the median of the runs, of one where a build takes over 5 minutes. One that
-is not done in time is no figure, only `not done`. `bytes` are the index's file: codes, ids and centroids.
-The float16 vectors, 2·D bytes a vector, come on top for either side if it re-ranks; both do.
+no time to make: what RaBitQ's scale of each vector costs is the rest. `build` is from the vectors in a .npy
+file to the index on disk, the search's parameters chosen; each build is a process of its own, whose peak
+memory is the kernel's (VmHWM). Builds take turns; the figure is the median of the runs, of one where a build
+takes over 5 minutes. One that is not done in time is no figure, only `not done`. `bytes` are the index's
+file: codes, ids and centroids. The float16 vectors, 2·D bytes a vector, come on top for either side if it
+re-ranks; both do.
 
 Recall@50 is of vectors, for queries that are not in the set, against the comparison with all. A query runs
 alone on one thread, asked by the same code on both sides: by the codes alone, and re-ranked, the 200 best

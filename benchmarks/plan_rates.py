@@ -28,7 +28,7 @@ from for_ray.index.codec import codec_to_bytes, train_codec
 from for_ray.index.merge import merge_segments
 from for_ray.index.plan import plan_index
 from for_ray.index.search import SegmentSet
-from for_ray.index.segment import build_segment
+from for_ray.index.segment import CHUNK_VECTORS, add_vectors, build_segment
 from for_ray.index.table import append, create_table, read_vectors, write_fragments
 from for_ray.schema import images_schema
 
@@ -71,10 +71,13 @@ def code_seconds_per_value(vectors: NDArray[np.float32], bits: int, *, runs: int
     """To rotate and encode one value, with a single list, so that nothing is compared."""
     index = faiss.index_factory(vectors.shape[1], f"HR,IVF1,RaBitQ{bits}", faiss.METRIC_INNER_PRODUCT)
     index.train(vectors[:1000])
+    ids = np.arange(len(vectors))
 
     def work() -> None:
         index.reset()
-        index.add(vectors)
+        for start in range(0, len(vectors), CHUNK_VECTORS):
+            part = slice(start, start + CHUNK_VECTORS)
+            add_vectors(index, vectors[part], ids[part], threads=1)
 
     return median_seconds(work, runs) / vectors.size
 

@@ -70,10 +70,32 @@ def build_segment(
             chunk = np.ascontiguousarray(vectors[start : start + CHUNK_VECTORS], np.float32)
             chunk_ids = vector_ids[start : start + CHUNK_VECTORS]
             _check_values(chunk_ids, chunk)
-            _add(index, chunk, chunk_ids, threads=threads)
+            add_vectors(index, chunk, chunk_ids, threads=threads)
         ids.append(vector_ids)
     _check_unique(np.concatenate(ids))
     return write_segment(index, path)
+
+
+def add_vectors(
+    index: faiss.Index, vectors: NDArray[np.float32], vector_ids: NDArray[np.int64], *, threads: int
+) -> None:
+    """Add vectors to their lists, by our own encoder where there is one.
+
+    Args:
+        index: A codec, or one that holds vectors already.
+        vectors: Unit vectors [n, D].
+        vector_ids: [n].
+        threads: That encode; FAISS's own are set elsewhere.
+    """
+    ivf = faiss.downcast_index(faiss.extract_index_ivf(index))
+    if not encodes(ivf):
+        index.add_with_ids(vectors, vector_ids)
+        return
+    if isinstance(index, faiss.IndexPreTransform):
+        for number in range(index.chain.size()):
+            vectors = index.chain.at(number).apply(vectors)
+    add_encoded(ivf, vectors, vector_ids, threads=threads)
+    index.ntotal = ivf.ntotal
 
 
 def write_segment(index: faiss.Index, path: Path) -> SegmentFile:
@@ -118,20 +140,6 @@ def write_whole(path: Path, sizes: NDArray[np.int64], write: Callable[[Path], No
     # FAISS's imbalance factor: nlist·Σ(n_i/n)².
     imbalance = len(sizes) * float(np.square(sizes, dtype=np.float64).sum()) / max(1, num_vectors) ** 2
     return SegmentFile(path, num_vectors, num_bytes, digest, imbalance if num_vectors else 1.0)
-
-
-def _add(
-    index: faiss.Index, vectors: NDArray[np.float32], vector_ids: NDArray[np.int64], *, threads: int
-) -> None:
-    ivf = faiss.downcast_index(faiss.extract_index_ivf(index))
-    if not encodes(ivf):
-        index.add_with_ids(vectors, vector_ids)
-        return
-    if isinstance(index, faiss.IndexPreTransform):
-        for number in range(index.chain.size()):
-            vectors = index.chain.at(number).apply(vectors)
-    add_encoded(ivf, vectors, vector_ids, threads=threads)
-    index.ntotal = ivf.ntotal
 
 
 def _check_shapes(vector_ids: NDArray[np.int64], vectors: NDArray[np.floating], *, dim: int) -> None:
