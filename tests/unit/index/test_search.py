@@ -219,6 +219,13 @@ class TestVectors:
         assert (np.diff(many.scores, axis=1) <= 0).all()
         assert parts.num_vectors == whole.num_vectors == len(images.vectors)
 
+    def test_what_a_bound_leaves_out_in_segments_is_little(self, make_images, make_queries, build):
+        images, queries = make_images(300), make_queries(20)
+        whole = SegmentSet(build(images, "HR,IVF8,RaBitQ4").paths, nprobe=3)
+        parts = SegmentSet(build(images, "HR,IVF8,RaBitQ4", cuts=[10, 11, 200], name="b").paths, nprobe=3)
+        found = [segments.search(queries, 40).vector_ids for segments in (whole, parts)]
+        assert np.mean([len(set(one) & set(other)) / 40 for one, other in zip(*found, strict=True)]) > 0.99
+
     @pytest.mark.parametrize("codec", CODECS)
     def test_hits_are_faiss_own(self, make_images, make_queries, build, codec):
         images = make_images(300)
