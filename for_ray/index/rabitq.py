@@ -24,7 +24,7 @@ BLOCK_VALUES = 1 << 17
 
 LEAST_SCALE, NUM_SCALES = 0.9, 8
 """The scales tried first are so many, by equal ratios. At 1 the largest value would just leave the last step:
-where there are few values the best scale is less; where there are many it is more, the fewer bits the more."""
+where values are few the best scale is less; where they are many it is more, the fewer bits the more."""
 
 NUM_NEARER = 4
 """Scales tried then, between the best one and its neighbours. Of the error 1 - cos of 256 normal values, in

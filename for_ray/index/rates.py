@@ -11,7 +11,7 @@ from for_ray.index.plan import IndexPlan, bits_of
 KMEANS_FLOP_PER_SECOND = 1.1e11
 """2 · vectors · lists · D for each round of k-means, and for finding a vector's list by a flat quantizer."""
 
-CODE_SECONDS_PER_VALUE = {1: 1.7e-8, 2: 6.8e-8, 3: 1.1e-7, 4: 1.2e-7, 6: 1.9e-7, 8: 4.5e-7}
+CODE_SECONDS_PER_VALUE = {1: 1.5e-8, 2: 1.6e-8, 3: 2.3e-8, 4: 2.3e-8, 6: 2.4e-8, 8: 2.5e-8}
 """To rotate a value and encode it, by RaBitQ's bits."""
 
 HNSW_SECONDS_PER_VALUE = 1.7e-7
