@@ -3,7 +3,7 @@
     python benchmarks/plan_rates.py [--vectors 65536] [--dim 256] [--runs 3] [--json]
 
 One thread throughout, the package's own functions where it has them, medians of the runs. What is printed is
-a constant of `index/rates.py`, and what it is on this machine.
+a constant of `index/rates.py`, and what it is on this machine; beside codes, what FAISS's own encoder takes.
 """
 
 from __future__ import annotations
@@ -67,7 +67,9 @@ def kmeans_flop_per_second(vectors: NDArray[np.float32], *, runs: int) -> float:
     return 2 * vectors.size * num_lists * num_rounds / median_seconds(work, runs)
 
 
-def code_seconds_per_value(vectors: NDArray[np.float32], bits: int, *, runs: int) -> float:
+def code_seconds_per_value(
+    vectors: NDArray[np.float32], bits: int, *, runs: int, is_faiss: bool = False
+) -> float:
     """To rotate and encode one value, with a single list, so that nothing is compared."""
     index = faiss.index_factory(vectors.shape[1], f"HR,IVF1,RaBitQ{bits}", faiss.METRIC_INNER_PRODUCT)
     index.train(vectors[:1000])
@@ -77,7 +79,10 @@ def code_seconds_per_value(vectors: NDArray[np.float32], bits: int, *, runs: int
         index.reset()
         for start in range(0, len(vectors), CHUNK_VECTORS):
             part = slice(start, start + CHUNK_VECTORS)
-            add_vectors(index, vectors[part], ids[part], threads=1)
+            if is_faiss:
+                index.add_with_ids(vectors[part], ids[part])
+            else:
+                add_vectors(index, vectors[part], ids[part], threads=1)
 
     return median_seconds(work, runs) / vectors.size
 
@@ -206,12 +211,20 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="print one line of JSON instead of the table")
     options = parser.parse_args()
     rates = measure(options.vectors, options.dim, runs=options.runs)
+    vectors = clustered_vectors(options.vectors, options.dim)
+    of_faiss = {
+        f"CODE_SECONDS_PER_VALUE[{bits}]": code_seconds_per_value(
+            vectors, bits, runs=options.runs, is_faiss=True
+        )
+        for bits in BITS
+    }
     if options.json:
-        print(json.dumps({"dim": options.dim, "rates": rates}))
+        print(json.dumps({"dim": options.dim, "rates": rates, "of_faiss": of_faiss}))
         return 0
-    print("| rate | measured | in the plan |\n| --- | --- | --- |")
+    print("| rate | measured | in the plan | FAISS's own encoder |\n| --- | --- | --- | --- |")
     for name, rate in rates.items():
-        print(f"| {name} | {rate:.3g} | {_planned(name):.3g} |")
+        other = f"{of_faiss[name]:.3g}, {of_faiss[name] / rate:.1f} times" if name in of_faiss else ""
+        print(f"| {name} | {rate:.3g} | {_planned(name):.3g} | {other} |")
     return 0
 
 

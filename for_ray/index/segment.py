@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,7 +24,8 @@ from for_ray.index.rabitq import add_encoded, encodes
 from for_ray.schema import image_ids_of, slots_of
 
 CHUNK_VECTORS = 1 << 14
-"""Vectors that are turned into float32 at once: 64 MB at 1024 dimensions."""
+"""Vectors that are turned into float32 and added at once: 64 MB at 1024 dimensions. With a table's batches of
+4096, each added by itself, two threads take 1.3 times as long."""
 
 LENGTH_TOLERANCE = 0.01
 """A unit vector rounded to float16 is off by 2^-11 of each value, so by less than 0.001 in length."""
@@ -63,15 +64,10 @@ def build_segment(
     faiss.omp_set_num_threads(threads)
     index = read_codec(codec_path)
     ids = [np.empty(0, np.int64)]
-    for vector_ids, vectors in batches:
-        vector_ids = np.ascontiguousarray(vector_ids, np.int64)
-        _check_shapes(vector_ids, vectors, dim=index.d)
-        for start in range(0, len(vector_ids), CHUNK_VECTORS):
-            chunk = np.ascontiguousarray(vectors[start : start + CHUNK_VECTORS], np.float32)
-            chunk_ids = vector_ids[start : start + CHUNK_VECTORS]
-            _check_values(chunk_ids, chunk)
-            add_vectors(index, chunk, chunk_ids, threads=threads)
-        ids.append(vector_ids)
+    for vector_ids, vectors in _chunks(batches, dim=index.d):
+        _check_values(vector_ids, vectors)
+        add_vectors(index, vectors, vector_ids, threads=threads)
+        ids.append(vector_ids.copy())
     _check_unique(np.concatenate(ids))
     return write_segment(index, path)
 
@@ -140,6 +136,25 @@ def write_whole(path: Path, sizes: NDArray[np.int64], write: Callable[[Path], No
     # FAISS's imbalance factor: nlist·Σ(n_i/n)².
     imbalance = len(sizes) * float(np.square(sizes, dtype=np.float64).sum()) / max(1, num_vectors) ** 2
     return SegmentFile(path, num_vectors, num_bytes, digest, imbalance if num_vectors else 1.0)
+
+
+def _chunks(
+    batches: Iterable[tuple[NDArray[np.int64], NDArray[np.floating]]], *, dim: int
+) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
+    """The vectors by `CHUNK_VECTORS`, however few a batch has; a chunk is overwritten by the next."""
+    ids, vectors = np.empty(CHUNK_VECTORS, np.int64), np.empty((CHUNK_VECTORS, dim), np.float32)
+    end = 0
+    for batch_ids, batch in batches:
+        _check_shapes(batch_ids, batch, dim=dim)
+        for start in range(0, len(batch_ids), CHUNK_VECTORS):
+            coming_ids, coming = (part[start : start + CHUNK_VECTORS] for part in (batch_ids, batch))
+            if end + len(coming) > CHUNK_VECTORS:
+                yield ids[:end], vectors[:end]
+                end = 0
+            new = slice(end, end + len(coming))
+            ids[new], vectors[new] = coming_ids, coming
+            end += len(coming)
+    yield ids[:end], vectors[:end]
 
 
 def _check_shapes(vector_ids: NDArray[np.int64], vectors: NDArray[np.floating], *, dim: int) -> None:
