@@ -421,6 +421,9 @@ class EpochMetrics(_Record):
         val: mAP@50 of `base`, `novel` and `all` categories on validation images; None without any.
         held_out_base: mAP@50 of base categories on images that were kept from training; None without any.
         held_out_pseudo: The same of the categories of their pseudo-labels, which stand for the truth.
+        measures: Recipes of towers: what they do on validation images, by name, 0 to 1; None without any.
+        measures_before: The same before the first step; in the first epoch alone.
+        num_val_unreadable: Validation images that could not be read, and were left out of `measures`.
         seconds: Of the training alone.
         seconds_measuring: Of the measures.
     """
@@ -435,6 +438,9 @@ class EpochMetrics(_Record):
     val: dict[str, float | None] | None = None
     held_out_base: float | None = None
     held_out_pseudo: float | None = None
+    measures: dict[str, float] | None = None
+    measures_before: dict[str, float] | None = None
+    num_val_unreadable: int = 0
     seconds: float
     seconds_measuring: float = 0.0
 

@@ -43,7 +43,7 @@ HEAD_FIELDS = frozenset(
     {
         *("labels", "preset", "losses", "objective", "labelled_fraction", "fold", "head", "freeze", "layers"),
         *("slots", "feedforward", "dropout", "mean_token", "lr_schedule", "lr_drop_epoch", "warmup_steps"),
-        *("gamma_sup", "gamma_pse", "null_weight", "val", "val_split", "val_labels", "held_out", "select"),
+        *("gamma_sup", "gamma_pse", "null_weight", "val_labels", "held_out", "select"),
     }
 )
 """Settings of recipe `for` alone."""
@@ -151,7 +151,11 @@ class FinetuneSettings(Settings):
     )
     seed: int = Field(0, ge=0, lt=2**31, description="of weights, order and dropout")
     val: str | None = Field(
-        None, min_length=1, description="a data set to measure mAP@50 on after each epoch, as --dataset"
+        None,
+        min_length=1,
+        description="a data set to measure on after each epoch, as --dataset: mAP@50; gpr, mcip: "
+        "image-to-image and zero-shot, and realign text-to-image, before the first epoch, too. It chooses "
+        "no epoch: gpr, mcip and realign keep the last",
     )
     val_split: str | None = Field(None, min_length=1, description="the split of --val; default: --split")
     val_labels: str | None = Field(
@@ -204,7 +208,7 @@ class FinetuneSettings(Settings):
         16, ge=1, le=256, description="images that a worker reads at once where there are no features"
     )
     max_bad_fraction: float = Field(
-        0.05, ge=0, le=1, description="share of the images that may be missing or unreadable"
+        0.05, ge=0, le=1, description="share of the images that may be missing or unreadable, of --val, too"
     )
     name: str | None = Field(
         None, pattern=r"^[A-Za-z0-9._-]{1,80}$", description="what the encoder is called; default: its origin"
@@ -260,8 +264,10 @@ class FinetuneSettings(Settings):
             raise ValueError("recipe mcip, and it alone, needs --captions: what jobs/pseudo_caption.py wrote")
         if self.recipe == "realign" and (self.tune_blocks or self.tune_projection is not None):
             raise ValueError("recipe realign locks the image tower: leave --tune-blocks and -projection out")
-        if self.recipe == "realign" and self.split is not None:
-            raise ValueError("--split goes with classes: recipe realign has captions")
+        if self.recipe == "realign" and (self.split or self.val_split):
+            raise ValueError("--split and --val-split go with classes: recipe realign has captions")
+        if self.val is None and self.val_split:
+            raise ValueError("val_split goes with --val")
         if self.lr_end is not None and self.lr_end > self.lr:
             raise ValueError(f"lr_end ({self.lr_end}) is above lr ({self.lr})")
         if self.workers > self.batch_size:

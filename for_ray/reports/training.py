@@ -31,17 +31,21 @@ def render_training(run: FinetuneRun, *, title: str) -> str:
     rates = line_chart(
         [_line(run, "learning rate", [each.lr for each in epochs])], x_label="epoch", is_log=True
     )
+    measured = [_tasks(run)] if _tunes_towers(run) else [_validation(run), _held_out(run)]
     sections: list[Section] = [
         Facts("What was trained on", _counts(run)),
         _losses(epochs),
-        _validation(run),
-        _held_out(run),
+        *measured,
         Chart("Learning rate", rates),
-        _table(epochs),
+        _table(run),
         Facts("Settings", list(run.settings.items())),
     ]
     subtitle = f"encoder {run.fingerprint}, of epoch {run.selected_epoch} of {len(epochs)}"
     return render_page(title, subtitle=subtitle, sections=sections)
+
+
+def _tunes_towers(run: FinetuneRun) -> bool:
+    return run.settings.get("recipe", "for") != "for"
 
 
 def _counts(run: FinetuneRun) -> list[tuple[str, object]]:
@@ -52,6 +56,8 @@ def _counts(run: FinetuneRun) -> list[tuple[str, object]]:
         ("kept from training", run.num_held_out),
         ("missing or unreadable", run.num_missing + last.num_unreadable),
     ]
+    if last.measures is not None:
+        counts.append(("validation images left out: unreadable", last.num_val_unreadable))
     is_set = run.settings.get("objective", "set") == "set"  # the ranking loss gives labels no slots
     for name, dropped in last.num_dropped.items() if is_set else ():
         known = LOSS_NAMES.get(name, name)
@@ -82,6 +88,21 @@ def _validation(run: FinetuneRun) -> Chart:
     return Chart("Validation: mAP@50", chart, note="Never used to choose the epoch.")
 
 
+def _tasks(run: FinetuneRun) -> Chart:
+    """What towers do, from how they were before the first epoch."""
+    found = [(each.epoch, each.measures) for each in run.epochs if each.measures is not None]
+    if not found:
+        return Chart("Validation", line_chart([], x_label="epoch"), note="No --val was given.")
+    if run.epochs[0].measures_before is not None:
+        found.insert(0, (0, run.epochs[0].measures_before))
+    lines = [
+        Line(name, [epoch for epoch, _ in found], [measures[name] for _, measures in found])
+        for name in found[0][1]
+    ]
+    note = "Epoch 0 is the encoder that it began with. The encoder that came out is of the last epoch."
+    return Chart("Validation", line_chart(lines, x_label="epoch"), note=note)
+
+
 def _held_out(run: FinetuneRun) -> Chart:
     if all(each.held_out is None for each in run.epochs):
         return Chart("Held out", line_chart([], x_label="epoch"), note="No images were kept from training.")
@@ -105,17 +126,33 @@ def _line(
     return Line(name, [each.epoch for each in run.epochs], heights, is_dashed=is_dashed)
 
 
-def _table(epochs: Sequence[EpochMetrics]) -> Table:
+def _table(run: FinetuneRun) -> Table:
+    epochs = run.epochs
     names = list(epochs[0].losses)
+    measured = _measured_of_towers(run) if _tunes_towers(run) else _measured_of_heads(run)
     header = ["epoch", *(f"loss, {LOSS_NAMES.get(name, name)}" for name in names)]
-    header += [*(f"val {group}" for group in GROUPS), "held out", "seconds", "seconds to measure"]
+    header += [*measured, "seconds", "seconds to measure"]
     rows: list[list[object]] = [
         [
             each.epoch,
             *(each.losses[name] for name in names),
-            *((each.val or {}).get(group) for group in GROUPS),
-            *(each.held_out, each.seconds, each.seconds_measuring),
+            *(values[place] for values in measured.values()),
+            *(each.seconds, each.seconds_measuring),
         ]
-        for each in epochs
+        for place, each in enumerate(epochs)
     ]
+    if (before := epochs[0].measures_before) is not None:
+        rows.insert(0, [0, *([None] * len(names)), *before.values(), None, None])
     return Table("Epochs", header, rows)
+
+
+def _measured_of_heads(run: FinetuneRun) -> dict[str, list[float | None]]:
+    """The columns of the table, by name, a value an epoch."""
+    found = {f"val {group}": [(each.val or {}).get(group) for each in run.epochs] for group in GROUPS}
+    return found | {"held out": [each.held_out for each in run.epochs]}
+
+
+def _measured_of_towers(run: FinetuneRun) -> dict[str, list[float | None]]:
+    """The columns of the table, by name, a value an epoch."""
+    names = run.epochs[0].measures or {}
+    return {name: [(each.measures or {}).get(name) for each in run.epochs] for name in names}

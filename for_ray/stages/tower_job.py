@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from for_ray.datasets.labelled import Ragged
 from for_ray.model.tower_tuning import AdamWSettings, TuneSettings
+from for_ray.stages.tower_val import TowerVal
 from for_ray.stages.training_images import TrainingImages
 
 
@@ -31,8 +32,9 @@ class TowerJob:
         of_image: The captions of each image; empty lists for `gpr`.
         caption_vectors: `mcip`: of the captions [C, D], unit length, float16; None elsewhere.
         caption_texts: `realign`: the captions themselves; empty elsewhere.
+        val: What each epoch is measured on; None: nothing.
         read_threads: Images that are read at once.
-        max_bad_fraction: Share of the images that may be unreadable.
+        max_bad_fraction: Share of the images that may be unreadable, of either set.
     """
 
     bundle_uri: str
@@ -48,5 +50,6 @@ class TowerJob:
     of_image: Ragged
     caption_vectors: NDArray[np.float16] | None = None
     caption_texts: tuple[str, ...] = ()
+    val: TowerVal | None = None
     read_threads: int = 16
     max_bad_fraction: float = 0.05

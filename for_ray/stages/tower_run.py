@@ -4,6 +4,7 @@
                  Every worker knows the captions of the whole batch, so that none has to be sent
     realign      before the first epoch the image tower, which is locked, embeds all images once, each worker
                  its part; then an epoch passes over the images, each with one of its captions, drawn anew
+    measure      validation images after each epoch, and once before the first: `tower_measures`
 
 The same class runs on a cluster (`stages/finetune.py`) and alone in a benchmark.
 """
@@ -18,23 +19,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from for_ray.datasets.sampling import epoch_batches
-from for_ray.model.bundle import Bundle, open_bundle
+from for_ray.model.bundle import Bundle
 from for_ray.model.tower_tuning import (
     ClassObjective,
     ImageBatch,
     PairBatch,
     PairObjective,
     TowerTrainer,
-    embed,
-    load_clip,
     save_tuned,
 )
 from for_ray.model.trainer import HaltedError
 from for_ray.schema import EpochMetrics
 from for_ray.stages.loss_curve import LossCurve
+from for_ray.stages.shared_towers import SharedTowers
 from for_ray.stages.tower_job import TowerJob
-from for_ray.stages.training_images import BatchReader, ReadBatch
-from for_ray.stages.training_run import choose_dtype
+from for_ray.stages.tower_measures import TowerMeasures
 from for_ray.storage import exists, read_bytes, write_bytes
 
 if TYPE_CHECKING:
@@ -57,28 +56,9 @@ class TowerRun:
     """
 
     def __init__(self, job: TowerJob, *, device: str, rank: int = 0, world: int = 1) -> None:
-        import torch
-
         self.job, self._rank, self._world = job, rank, world
-        self.bundle: Bundle = open_bundle(job.bundle_uri)
-        self.device = torch.device(device)
-        self.clip = load_clip(self.bundle).to(self.device)
-        self._layout = torch.contiguous_format
-        if self.device.type == "cuda":  # convolutions of low precision want it so
-            self._layout = torch.channels_last
-            self.clip.to(memory_format=torch.channels_last)
-        config = self.bundle.config
-        self._mean, self._std = (
-            255 * torch.tensor(values, device=self.device).view(1, 3, 1, 1)
-            for values in (config.mean, config.std)
-        )
-        self._reader = BatchReader(
-            job.images,
-            self.bundle.config,
-            with_pseudo=False,
-            threads=job.read_threads,
-            is_pinned=self.device.type == "cuda",
-        )
+        self._towers = SharedTowers(job, device=device, rank=rank, world=world)
+        self.bundle, self.clip, self.device = self._towers.bundle, self._towers.clip, self._towers.device
         self._num_unreadable = 0
         self._rows = np.arange(len(job.images))
         self._vectors: Tensor | None = None
@@ -88,8 +68,15 @@ class TowerRun:
             if self._is_pairs
             else ClassObjective(self.clip, job.num_classes, self.bundle.dim, job.tune)
         )
-        self._dtype = choose_dtype(job.precision, self.device)
-        self.trainer = TowerTrainer(objective.to(self.device), job.tune, job.adam, dtype=self._dtype)
+        self.trainer = TowerTrainer(objective.to(self.device), job.tune, job.adam, dtype=self._towers.dtype)
+        self._measures = None
+        if job.val is not None:
+            self._measures = TowerMeasures(
+                job.val,
+                self._towers,
+                are_captions=self._is_pairs,
+                max_bad_fraction=job.max_bad_fraction,
+            )
         self.history: list[EpochMetrics] = []
 
     @property
@@ -99,36 +86,25 @@ class TowerRun:
 
     @property
     def selected_epoch(self) -> int:
-        """The epoch whose weights the bundle gets, from 1: the last."""
+        """The epoch whose weights the bundle gets, from 1: the last, whatever was measured."""
         return len(self.history)
 
     def run_epoch(self) -> EpochMetrics:
-        """Train the next epoch.
+        """Train the next epoch, and measure what came of it; before the first, what there was.
 
         Raises:
             HaltedError: The loss is not finite, or too many images are unreadable.
         """
-        job, started, epoch = self.job, time.monotonic(), len(self.history)
-        if self._is_pairs and self._vectors is None:
-            self._embed_images()
-        batches = epoch_batches(len(self._rows), batch_size=job.batch_size, seed=job.seed, epoch=epoch)
-        curve, self._num_unreadable = LossCurve(len(batches)), self._num_unreadable if self._is_pairs else 0
-        coming: Iterator[ImageBatch | PairBatch] = (
-            self._pairs(batches, epoch) if self._is_pairs else self._images(batches)
-        )
-        for index, batch in enumerate(coming):
-            curve.add(self.trainer.step(batch, step=epoch * len(batches) + index))
-        self.trainer.check(epoch)
-        if not self._is_pairs:
-            self._num_unreadable = self._sum(self._num_unreadable)
-            self._check_readable(self._num_unreadable)
-        metrics = EpochMetrics(
-            epoch=epoch + 1,
-            lr=job.adam.lr_at((epoch + 1) * len(batches) - 1),
-            num_unreadable=self._num_unreadable,
-            seconds=time.monotonic() - started,
-            **(curve.totals(epoch * len(batches)) | {"num_matched": {}, "num_dropped": {}}),
-        )
+        started = time.monotonic()
+        before = self._measure() if not self.history else None
+        seconds = time.monotonic() - started
+        metrics = self._train(len(self.history))
+        started = time.monotonic()
+        measured: dict[str, Any] = {"measures_before": before, "measures": self._measure()}
+        if self._measures is not None:
+            measured["num_val_unreadable"] = self._measures.num_unreadable
+        measured["seconds_measuring"] = seconds + time.monotonic() - started
+        metrics = metrics.model_copy(update=measured)
         self.history.append(metrics)
         return metrics
 
@@ -146,19 +122,46 @@ class TowerRun:
         """Write the encoder that came out; one worker does it for all."""
         return save_tuned(self.bundle, self.clip, uri, recipe=self.job.tune.recipe, name=name)
 
+    def _measure(self) -> dict[str, float] | None:
+        return self._measures.measure() if self._measures is not None else None
+
+    def _train(self, epoch: int) -> EpochMetrics:
+        job, started = self.job, time.monotonic()
+        if self._is_pairs and self._vectors is None:
+            self._embed_images()
+        batches = epoch_batches(len(self._rows), batch_size=job.batch_size, seed=job.seed, epoch=epoch)
+        curve, self._num_unreadable = LossCurve(len(batches)), self._num_unreadable if self._is_pairs else 0
+        coming: Iterator[ImageBatch | PairBatch] = (
+            self._pairs(batches, epoch) if self._is_pairs else self._images(batches)
+        )
+        for index, batch in enumerate(coming):
+            curve.add(self.trainer.step(batch, step=epoch * len(batches) + index))
+        self.trainer.check(epoch)
+        if not self._is_pairs:
+            self._num_unreadable = self._towers.sum(self._num_unreadable)
+            self._check_readable(self._num_unreadable)
+        return EpochMetrics(
+            epoch=epoch + 1,
+            lr=job.adam.lr_at((epoch + 1) * len(batches) - 1),
+            num_unreadable=self._num_unreadable,
+            seconds=time.monotonic() - started,
+            **(curve.totals(epoch * len(batches)) | {"num_matched": {}, "num_dropped": {}}),
+        )
+
     # gpr, mcip
 
     def _images(self, batches: list[NDArray[np.int64]]) -> Iterator[ImageBatch]:
         import torch
 
         mine = [rows[self._rank :: self._world] for rows in batches]
-        for rows, own, read in zip(batches, mine, self._reader.batches(mine), strict=True):
+        reader = self._towers.reader(self.job.images)
+        for rows, own, read in zip(batches, mine, reader.batches(mine), strict=True):
             self._num_unreadable += int((~read.is_readable).sum())  # counted here, on the CPU: no waiting
             classes = self.job.images.labels.select(own).values.astype(np.int64)
             parts = (torch.from_numpy(each) for each in (classes, *self._captions(rows, own)))
             labels, captions, is_own = (each.to(self.device, non_blocking=True) for each in parts)
             is_known = read.is_readable.to(self.device, non_blocking=True)
-            yield ImageBatch(self._normalised(read), labels, is_known, captions, is_own)
+            yield ImageBatch(self._towers.normalised(read), labels, is_known, captions, is_own)
 
     def _captions(
         self, rows: NDArray[np.int64], own: NDArray[np.int64]
@@ -173,12 +176,6 @@ class TowerRun:
         owners = np.repeat(np.arange(len(own)), np.diff(lists.offsets))
         is_own[owners, np.searchsorted(used, lists.values)] = True
         return vectors[used].astype(np.float32), is_own
-
-    def _normalised(self, read: ReadBatch) -> Tensor:
-        if read.pixels is None:
-            raise ValueError("the towers are tuned from pixels")
-        pixels = read.pixels.to(self.device, non_blocking=True).float()
-        return ((pixels - self._mean) / self._std).contiguous(memory_format=self._layout)
 
     def _check_readable(self, num_unreadable: int) -> None:
         job = self.job
@@ -199,7 +196,7 @@ class TowerRun:
             kept = load(read_bytes(job.vectors_uri))
             vectors, is_readable = kept["vectors"], kept["is_readable"]
         else:
-            vectors, is_readable = (self._gather(mine, len(job.images)) for mine in self._embed_mine())
+            vectors, is_readable = self._towers.embed_images(job.images)
             if self._rank == 0:
                 write_bytes(job.vectors_uri, save({"vectors": vectors, "is_readable": is_readable}))
         self._rows = np.flatnonzero(is_readable.numpy())
@@ -207,28 +204,11 @@ class TowerRun:
         self._check_readable(self._num_unreadable)
         self._vectors = vectors
 
-    def _embed_mine(self) -> tuple[Tensor, Tensor]:
-        """Vectors [b, D], float16, of this worker's images, and which could be read [b]; on its device."""
-        import torch
-
-        rows = np.arange(len(self.job.images))[self._rank :: self._world]
-        parts = np.array_split(rows, max(1, -(-len(rows) * self._world // self.job.batch_size)))
-        readable = [torch.zeros(0, dtype=torch.bool)]
-
-        def pixels() -> Iterator[Tensor]:
-            for read in self._reader.batches(parts):
-                readable.append(read.is_readable)
-                yield self._normalised(read)
-
-        vectors = embed(self.clip, pixels(), dim=self.bundle.dim, dtype=self._dtype)
-        return vectors, torch.cat(readable).to(self.device)
-
     def _pairs(self, batches: list[NDArray[np.int64]], epoch: int) -> Iterator[PairBatch]:
         import torch
 
         if self._vectors is None:
             raise ValueError("the images are not embedded")
-        tokenize = make_tokens(self.bundle)
         for index, places in enumerate(batches):
             rows = self._rows[places]
             rng = np.random.default_rng([self.job.seed, epoch, index])
@@ -237,50 +217,12 @@ class TowerRun:
             parts = [rows[rank :: self._world] for rank in range(self._world)]
             first = sum(len(part) for part in parts[: self._rank])
             images = self._vectors[torch.from_numpy(np.concatenate(parts))]
-            tokens = tokenize(drawn[self._rank :: self._world])
-            yield PairBatch(tokens.to(self.device), images.float().to(self.device), first)
+            tokens = self._towers.tokens(drawn[self._rank :: self._world])
+            yield PairBatch(tokens, images.float().to(self.device), first)
 
     def _draw_caption(self, rng: np.random.Generator, row: int) -> str:
         own = self.job.of_image.row(row)
         return self.job.caption_texts[int(own[int(rng.integers(len(own)))])]
-
-    def _gather(self, mine: Tensor, num_rows: int) -> Tensor:
-        """All rows [B, …], on the CPU; worker r has r, r + world and so on."""
-        import torch
-
-        if self._world == 1:
-            return mine.cpu()
-        from torch import distributed
-
-        most = -(-num_rows // self._world)  # tensors of one shape go without being pickled
-        padded = torch.zeros(most, *mine.shape[1:], dtype=mine.dtype, device=self.device)
-        padded[: len(mine)] = mine
-        parts = [torch.empty_like(padded) for _ in range(self._world)]
-        distributed.all_gather(parts, padded)
-        found = torch.zeros(num_rows, *mine.shape[1:], dtype=mine.dtype)
-        for rank, part in enumerate(parts):
-            rows = found[rank :: self._world]
-            rows.copy_(part[: len(rows)])
-        return found
-
-    def _sum(self, mine: int) -> int:
-        """Over all workers."""
-        import torch
-
-        if self._world == 1:
-            return mine
-        from torch import distributed
-
-        total = torch.tensor(mine, device=self.device)
-        distributed.all_reduce(total)
-        return int(total)
-
-
-def make_tokens(bundle: Bundle) -> Any:
-    """The tokenizer of a bundle's text tower: texts to ids [n, L]."""
-    from for_ray.model.text import make_tokenizer
-
-    return make_tokenizer(bundle.model_config["text_cfg"], bundle.name)
 
 
 def tune_here(job: TowerJob, *, device: str = "cpu") -> TowerRun:

@@ -20,6 +20,7 @@ from for_ray.model.trainer import HaltedError
 from for_ray.pipeline.tower_tuning import TowerTuning, make_tower_job, run_tower_tuning
 from for_ray.stages.caption_table import CaptionRun, CaptionTable, write_captions
 from for_ray.stages.progress import Progress
+from for_ray.stages.shared_towers import SharedTowers
 from for_ray.stages.tower_run import TowerRun, tune_here
 
 QUIET = Progress(is_quiet=True)
@@ -85,7 +86,9 @@ def test_each_recipe_has_its_papers_defaults():
         (["--recipe", "mcip"], "needs --captions"),
         (["--recipe", "gpr", "--captions", "c"], "needs --captions"),
         (["--recipe", "gpr", "--slots", "5"], "--slots: not a setting of recipe gpr"),
-        (["--recipe", "realign", "--val", "labels:a"], "^--val: not a setting of recipe realign$"),
+        (["--recipe", "gpr", "--val-labels", "a"], "^--val-labels: not a setting of recipe gpr$"),
+        (["--recipe", "gpr", "--val-split", "a"], "val_split goes with --val"),
+        (["--recipe", "realign", "--val", "a", "--val-split", "s"], "recipe realign has captions"),
         (["--losses", "sup", "--margin", "0.2"], "--margin: not a setting of recipe for"),
         (
             ["--recipe", "gpr", "--gamma-captions", "2", "--caption-threshold", "0.3"],
@@ -184,8 +187,8 @@ def test_rows_of_two_workers_are_put_together_in_order(given, home, monkeypatch,
     monkeypatch.setattr("torch.distributed.all_gather", all_gather)
     job = make_tower_job(settings_of(given, home, "realign"))
     for rank in range(2):
-        run = TowerRun(job, device="cpu", rank=rank, world=2)
-        assert torch.equal(run._gather(rows[rank::2], num_rows), rows)
+        towers = SharedTowers(job, device="cpu", rank=rank, world=2)
+        assert torch.equal(towers.gather(rows[rank::2], num_rows), rows)
     assert [each.shape for each in sent] == [(-(-num_rows // 2), 2)] * 2
 
 

@@ -72,6 +72,31 @@ def test_the_page_says_what_was_trained_and_with_what():
     assert page.count("<svg") == 4
 
 
+def test_towers_are_shown_from_before_the_first_epoch():
+    before, after = (
+        {"image-to-image mAP": mean, "zero-shot accuracy": share}
+        for mean, share in ((0.125, 0.75), (0.5, 0.25))
+    )
+    epochs = [
+        each.model_copy(update={"val": None, "losses": {"classes": 2.0}, "curve": (), "measures": after})
+        for each in make_run(held_out=False).epochs
+    ]
+    epochs[0] = epochs[0].model_copy(update={"measures_before": before, "measures": before})
+    changes = {"epochs": tuple(epochs), "settings": {"recipe": "gpr"}}
+    text = Text(render_training(make_run().model_copy(update=changes), title="x")).words
+    assert text.count("image-to-image mAP") == 2  # in the chart, and above its column
+    assert "The encoder that came out is of the last epoch." in text
+    for missing in ("mAP@50", "Held out", "held out"):
+        assert missing not in text
+    table = " ".join(text[text.rindex("seconds to measure") :].split())
+    assert table.startswith(
+        "seconds to measure 0 – 0.125 0.75 – – 1 2 0.125 0.75 12 0 2 2 0.5 0.25 12 0 3 2 "
+    )
+    bare = tuple(each.model_copy(update={"measures": None, "measures_before": None}) for each in epochs)
+    text = Text(render_training(make_run().model_copy(update=changes | {"epochs": bare}), title="x")).words
+    assert "No --val was given." in text
+
+
 def test_a_run_without_measures_says_so():
     text = Text(render_training(make_run(val=False, held_out=False), title="x"))
     assert "No --val was given." in text.words

@@ -1,0 +1,175 @@
+"""CLIP's towers while they are tuned, and the vectors that all workers compute together with them.
+
+Each computes its part, all get all: worker r of n has the rows r, r + n, ….
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from for_ray.model.bundle import Bundle, open_bundle
+from for_ray.model.text import embed_names, make_tokenizer
+from for_ray.model.tower_tuning import embed, load_clip
+from for_ray.stages.tower_job import TowerJob
+from for_ray.stages.training_images import BatchReader, ReadBatch, TrainingImages
+from for_ray.stages.training_run import choose_dtype
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+TEXTS_AT_ONCE = 512
+
+
+class Embedded(NamedTuple):
+    """Images, on the CPU, the same on all workers.
+
+    vectors: Unit length [B, D], float16; of no meaning where an image could not be read.
+    is_readable: bool [B].
+    """
+
+    vectors: Tensor
+    is_readable: Tensor
+
+
+class SharedTowers:
+    """Both towers on a worker's device; all workers call the same methods at the same time.
+
+    Args:
+        job: The tuning.
+        device: Where this worker computes.
+        rank: Which worker this is.
+        world: How many there are; above 1 torch's process group must be there.
+
+    Raises:
+        ConfigError: The weights can't be had, or don't fit.
+        DataError: A file is not what its checksum says.
+        StorageError: The store refused.
+    """
+
+    def __init__(self, job: TowerJob, *, device: str, rank: int = 0, world: int = 1) -> None:
+        import torch
+
+        self._job, self.rank, self.world = job, rank, world
+        self.bundle: Bundle = open_bundle(job.bundle_uri)
+        self.device = torch.device(device)
+        self.dtype = choose_dtype(job.precision, self.device)
+        self.clip = load_clip(self.bundle).to(self.device)
+        self._layout = torch.contiguous_format
+        if self.device.type == "cuda":  # convolutions of low precision want it so
+            self._layout = torch.channels_last
+            self.clip.to(memory_format=torch.channels_last)
+        config = self.bundle.config
+        self._mean, self._std = (
+            255 * torch.tensor(values, device=self.device).view(1, 3, 1, 1)
+            for values in (config.mean, config.std)
+        )
+        self._tokenize: Callable[[list[str]], Tensor] | None = None
+
+    def reader(self, images: TrainingImages) -> BatchReader:
+        """Reads the pixels of images."""
+        return BatchReader(
+            images,
+            self.bundle.config,
+            with_pseudo=False,
+            threads=self._job.read_threads,
+            is_pinned=self.device.type == "cuda",
+        )
+
+    def normalised(self, read: ReadBatch) -> Tensor:
+        """Pixels as the image tower takes them, on the device [b, 3, S, S]."""
+        if read.pixels is None:
+            raise ValueError("the towers are tuned from pixels")
+        pixels = read.pixels.to(self.device, non_blocking=True).float()
+        return ((pixels - self._mean) / self._std).contiguous(memory_format=self._layout)
+
+    def tokens(self, texts: Sequence[str]) -> Tensor:
+        """Token ids [n, L], on the device; what is too long is cut off."""
+        if self._tokenize is None:
+            self._tokenize = make_tokenizer(self.bundle.model_config["text_cfg"], self.bundle.name)
+        return self._tokenize(list(texts)).to(self.device)
+
+    def embed_images(self, images: TrainingImages) -> Embedded:
+        """Images by the image tower."""
+        import torch
+
+        rows = np.arange(len(images))[self.rank :: self.world]
+        parts = np.array_split(rows, max(1, -(-len(rows) * self.world // self._job.batch_size)))
+        readable = [torch.zeros(0, dtype=torch.bool)]
+
+        def pixels() -> Iterator[Tensor]:
+            for read in self.reader(images).batches(parts):
+                readable.append(read.is_readable)
+                yield self.normalised(read)
+
+        vectors = embed(self.clip, pixels(), dim=self.bundle.dim, dtype=self.dtype)
+        is_readable = torch.cat(readable).to(self.device)
+        return Embedded(*(self.gather(mine, len(images)) for mine in (vectors, is_readable)))
+
+    def embed_names(self, names: Sequence[str]) -> NDArray[np.float32]:
+        """Names by the text tower, through the bundle's prompts: unit vectors [V, D]; computed in float32."""
+        return self._embed_texts(
+            names,
+            lambda mine: embed_names(
+                mine,
+                prompts=self.bundle.config.prompts,
+                tokenize=self.tokens,
+                encode_text=self.clip.encode_text,  # type: ignore[arg-type]
+            ),
+        )
+
+    def embed_captions(self, captions: Sequence[str]) -> NDArray[np.float32]:
+        """Captions by the text tower, as they stand: unit vectors [C, D]; computed in float32."""
+        from torch.nn import functional
+
+        def embed_some(mine: Sequence[str]) -> Tensor:
+            encoded = self.clip.encode_text(self.tokens(mine))  # type: ignore[operator]
+            return functional.normalize(encoded.float(), dim=-1)
+
+        return self._embed_texts(captions, embed_some)
+
+    def _embed_texts(
+        self, texts: Sequence[str], embed_some: Callable[[Sequence[str]], Tensor]
+    ) -> NDArray[np.float32]:
+        import torch
+
+        mine = texts[self.rank :: self.world]
+        parts = [torch.empty(0, self.bundle.dim, device=self.device)]
+        with torch.inference_mode():
+            starts = range(0, len(mine), TEXTS_AT_ONCE)
+            parts += [embed_some(mine[start : start + TEXTS_AT_ONCE]) for start in starts]
+        return self.gather(torch.cat(parts), len(texts)).numpy()
+
+    def gather(self, mine: Tensor, num_rows: int) -> Tensor:
+        """All rows [B, …], on the CPU."""
+        import torch
+
+        if self.world == 1:
+            return mine.cpu()
+        from torch import distributed
+
+        most = -(-num_rows // self.world)  # tensors of one shape go without being pickled
+        padded = torch.zeros(most, *mine.shape[1:], dtype=mine.dtype, device=self.device)
+        padded[: len(mine)] = mine
+        parts = [torch.empty_like(padded) for _ in range(self.world)]
+        distributed.all_gather(parts, padded)
+        found = torch.zeros(num_rows, *mine.shape[1:], dtype=mine.dtype)
+        for rank, part in enumerate(parts):
+            rows = found[rank :: self.world]
+            rows.copy_(part[: len(rows)])
+        return found
+
+    def sum(self, mine: int) -> int:
+        """Over all workers."""
+        import torch
+
+        if self.world == 1:
+            return mine
+        from torch import distributed
+
+        total: Any = torch.tensor(mine, device=self.device)
+        distributed.all_reduce(total)
+        return int(total)
