@@ -25,6 +25,7 @@ _STYLE: Any = {
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans"],
     "text.parse_math": False,  # names may hold $
+    "axes.unicode_minus": False,  # numbers have one minus, whoever writes them
     "font.size": 9.5,
     "text.color": _TEXT,
     "axes.labelcolor": _TEXT,
@@ -84,6 +85,8 @@ def line_chart(
     Raises:
         ValueError: A line has another number of x than of y.
     """
+    from matplotlib.ticker import LogFormatter
+
     _check_lengths(lines)
     points = [[_drawn(y, is_log=is_log) for y in line.y] for line in lines]
     label = f"{y_label or ', '.join(line.name for line in lines)} over {x_label}"
@@ -93,6 +96,7 @@ def line_chart(
             return svg()
         if is_log:
             axes.set_yscale("log")
+            axes.yaxis.set_minor_formatter(LogFormatter())  # for `_tick`'s reason
         _plot(axes, lines, points)
         if marked_x is not None:
             axes.axvline(marked_x, color=_TEXT, linewidth=1, linestyle=_DASHES[2])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -38,9 +39,10 @@ TUNED = {"epochs": 2, "batch_size": 7, "lr": 1e-4, "encoder": "picturebook", **C
 
 @pytest.fixture(scope="module")
 def home(ray_address: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Five things in four views, with a file of captions; never changed."""
+    """Five things in four views, with a file of captions, and three to measure on; never changed."""
     folder = tmp_path_factory.mktemp("recipes")
     write_instances(folder / "set", instances=5, views=4, split="train", processes=1)
+    write_instances(folder / "val", instances=3, views=3, split="val", processes=1)
     lines = (folder / "set" / "captions.csv").read_text().splitlines()[1:]
     texts = [line.partition(",")[2] for line in lines]
     (folder / "captions.txt").write_text("\n".join([*texts, "", texts[0], "x" * 10_000]))
@@ -117,6 +119,7 @@ def test_mcip_by_two_workers_then_realign_then_an_index_for_pictures_and_words(
 ):
     given = TUNED | {"recipe": "mcip", "dataset": f"labels:{home}/set/labels.csv", "captions": captions}
     given |= {"caption_threshold": 0.1, "output": str(tmp_path / "mcip"), "workers": 2}
+    given |= {"val": f"labels:{home}/val/labels.csv"}
     command = [sys.executable, str(JOBS / "finetune.py"), *flags(given), "--json"]
     done = subprocess.run(command, env=job_environment(ray_address), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -125,6 +128,12 @@ def test_mcip_by_two_workers_then_realign_then_an_index_for_pictures_and_words(
     alone = tune_here(make_tower_job(FinetuneSettings(**(given | {"output": str(tmp_path / "alone")}))))
     for mine, its in zip(record.epochs, alone.history, strict=True):
         assert mine.losses == pytest.approx(its.losses, rel=1e-3)
+        # Float noise may change the places of two images that are as near.
+        assert mine.measures == pytest.approx(its.measures, abs=0.1)
+    before = record.epochs[0].measures_before
+    assert before == pytest.approx(alone.history[0].measures_before, abs=0.02)
+    assert (told["measures"], told["measures_before"]) == (record.epochs[1].measures, before)
+    assert "val image-to-image mAP" in done.stderr
     start = build_clip(open_bundle(f"{tmp_path}/mcip/start")).state_dict()
     weights = build_clip(open_bundle(told["bundle"])).state_dict()
     trained = {name.removeprefix("clip.") for name in alone.trainer.trained}
@@ -140,7 +149,9 @@ def test_mcip_by_two_workers_then_realign_then_an_index_for_pictures_and_words(
 
     given = TUNED | {"recipe": "realign", "dataset": f"pairs:{home}/set/captions.csv"}
     given |= {"encoder": told["bundle"], "output": str(tmp_path / "both")}
+    given |= {"val": f"pairs:{home}/val/captions.csv"}
     aligned = run_tower_tuning(FinetuneSettings(**given), progress=QUIET)
+    assert set(aligned.measures) == {f"text-to-image R@{k}" for k in (1, 5, 10)}
     bundle = open_bundle(aligned.bundle)
     assert (bundle.config.recipes, bundle.config.head) == ("mcip,realign", "mcip")
     towers = [build_clip(open_bundle(uri)).state_dict() for uri in (told["bundle"], aligned.bundle)]
@@ -177,3 +188,32 @@ def test_too_many_unreadable_images_end_it_in_one_line(home, ray_address, tmp_pa
     with pytest.raises(StageError, match="finetune: 2 of 22 images cannot be read; at most 5% may"):
         run_tower_tuning(FinetuneSettings(**given), progress=QUIET)
     assert not (tmp_path / "out" / "bundle").exists()
+
+
+@pytest.mark.slow
+def test_a_killed_tuning_goes_on_and_keeps_what_was_measured(home, ray_address, tmp_path):
+    """What it began with is measured once, and the rest comes out as without a stop."""
+    given = TUNED | {"recipe": "gpr", "dataset": f"labels:{home}/set/labels.csv", "epochs": 6}
+    given |= {"val": f"labels:{home}/val/labels.csv", "output": str(tmp_path / "out")}
+    command = [sys.executable, str(JOBS / "finetune.py"), *flags(given)]
+    job = subprocess.Popen(command, env=job_environment(ray_address), stderr=subprocess.PIPE, text=True)
+    told = next(line for line in job.stderr if line.startswith("epoch 2 of 6"))
+    job.send_signal(signal.SIGKILL)
+    job.communicate()
+    assert ", val image-to-image mAP 0." in told
+    heard: list[str] = []
+    progress = Progress(is_quiet=True)
+    progress.say = heard.append  # type: ignore[method-assign]
+    summary = run_tower_tuning(FinetuneSettings(**given), progress=progress)
+    epochs = [int(line.split()[1]) for line in heard if line.startswith("epoch")]
+    assert epochs[0] > 1
+    record = FinetuneRun.model_validate_json((tmp_path / "out" / "finetune.json").read_text())
+    alone = tune_here(make_tower_job(FinetuneSettings(**(given | {"output": str(tmp_path / "alone")}))))
+    assert len(record.epochs) == 6
+    for mine, its in zip(record.epochs, alone.history, strict=True):
+        assert mine.measures == pytest.approx(its.measures, abs=0.1)
+        assert (mine.measures_before is None) == (mine.epoch > 1)
+    assert summary.measures_before == pytest.approx(alone.history[0].measures_before, abs=0.02)
+    changed = given | {"val": f"labels:{home}/set/labels.csv"}
+    with pytest.raises(ConfigError, match="holds a fine-tuning with other settings"):
+        run_tower_tuning(FinetuneSettings(**changed), progress=QUIET)

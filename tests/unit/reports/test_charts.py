@@ -58,6 +58,12 @@ def test_lines_are_told_apart_by_a_legend_and_by_colour():
     assert all(stroke(svg, colour) for colour in ("#0072b2", "#d55e00", "#009e73"))
 
 
+def test_a_short_logarithmic_axis_is_numbered_in_plain_text_too():
+    svg = line_chart([Line("rate", [1, 2], [1.6e-4, 3e-5])], x_label="epoch", is_log=True)
+    assert "mathdefault" not in svg
+    assert {"6e-05", "4e-05"} <= set(texts(svg))
+
+
 def test_a_logarithmic_axis_is_numbered_in_plain_text_and_leaves_zero_out():
     rates = [1e-5] * 3 + [1e-6, 0.0]
     svg = line_chart([Line("rate", range(5), rates)], x_label="epoch", y_label="learning rate", is_log=True)
