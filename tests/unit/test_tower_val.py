@@ -16,7 +16,7 @@ from for_ray.datasets.spec import open_dataset
 from for_ray.errors import ConfigError, DataError
 from for_ray.evaluation.similarity import VectorSets, image_to_image, text_to_image, zero_shot_accuracy
 from for_ray.model.bundle import Bundle, open_bundle
-from for_ray.model.encoder import load_encoder
+from for_ray.model.encoder import Encoder, load_encoder
 from for_ray.model.trainer import HaltedError
 from for_ray.pipeline.tower_tuning import TowerTuning, make_tower_job, run_tower_tuning
 from for_ray.stages.progress import Progress
@@ -58,17 +58,17 @@ def lines_of(home: Path) -> list[str]:
     return (home / "val" / "labels.csv").read_text().replace("images/", f"{home}/val/images/").splitlines()
 
 
-def vectors_of(bundle: Bundle, uris: list[str]) -> np.ndarray:
-    encoder = load_encoder(bundle, "cpu")
+def vectors_of(encoder: Encoder, uris: list[str]) -> np.ndarray:
     return np.concatenate([encoder.embed_image(Path(uri).read_bytes()) for uri in uris]).astype(np.float16)
 
 
 def evaluated(bundle: Bundle, spec: str) -> dict[str, float]:
     """As `jobs/evaluate.py --task` measures class images."""
     dataset = open_dataset(spec)
-    vectors, classes = vectors_of(bundle, dataset.uris.to_pylist()), classes_of(dataset, why="the test")
+    encoder = load_encoder(bundle, "cpu")
+    vectors, classes = vectors_of(encoder, dataset.uris.to_pylist()), classes_of(dataset, why="the test")
     found = image_to_image(VectorSets(np.arange(len(vectors) + 1), vectors), classes)
-    scores = load_encoder(bundle, "cpu").embed_text(dataset.categories) @ vectors.T.astype(np.float32)
+    scores = encoder.embed_text(dataset.categories) @ vectors.T.astype(np.float32)
     return {
         "image-to-image mAP": found.mean_average_precision,
         "image-to-image R@1": found.recall_at_1,
@@ -96,6 +96,7 @@ def test_images_and_names_are_measured_before_the_first_epoch_and_after_each(giv
     assert bare.history[0].measures is None
 
 
+@pytest.mark.slow
 def test_captions_are_measured_and_the_locked_tower_looks_once(of_pairs, monkeypatch):
     looked: list[int] = []
     embed_images = SharedTowers.embed_images
@@ -108,10 +109,10 @@ def test_captions_are_measured_and_the_locked_tower_looks_once(of_pairs, monkeyp
     run = TowerRun(make_tower_job(FinetuneSettings(**of_pairs)), device="cpu")
     run.run_epoch(), run.run_epoch()
     assert looked == [6, 6]  # those of the training, and those of the validation
-    bundle = run.save_bundle(f"{of_pairs['output']}/bundle")
+    encoder = load_encoder(run.save_bundle(f"{of_pairs['output']}/bundle"), "cpu")
     pairs = open_captioned(str(of_pairs["val"]))
-    texts = load_encoder(bundle, "cpu").embed_captions(pairs.captions.texts)
-    scores = texts @ vectors_of(bundle, pairs.uris.to_pylist()).T.astype(np.float32)
+    texts = encoder.embed_captions(pairs.captions.texts)
+    scores = texts @ vectors_of(encoder, pairs.uris.to_pylist()).T.astype(np.float32)
     owners = np.repeat(np.arange(len(pairs)), np.diff(pairs.of_image.offsets))
     found = text_to_image(scores, pairs.of_image.values, owners, (1, 5, 10))
     assert list(run.history[1].measures.values()) == pytest.approx(found)
@@ -135,6 +136,7 @@ def test_two_workers_share_what_one_does(given, of_pairs, monkeypatch):
             np.testing.assert_allclose(found, expected[rank::2], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_unreadable_images_are_left_out_and_too_many_stop_it_before_the_first_step(
     given, home, tmp_path, monkeypatch
 ):
