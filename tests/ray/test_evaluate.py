@@ -120,6 +120,7 @@ def test_the_settings_of_an_encoder_count(evaluate, book, encoder_name):
     assert (about["head"], about["image_size"], about["num_slots"]) == ("dense", 96, 9)
 
 
+@pytest.mark.slow
 def test_images_that_cannot_be_read_are_left_out_and_counted(evaluate, book, home, encoder_name):
     spoilt = home / "spoilt"
     shutil.copytree(book, spoilt, ignore=shutil.ignore_patterns("others"))

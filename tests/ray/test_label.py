@@ -201,6 +201,7 @@ def test_other_settings_are_refused_on_the_same_table(run, labels, changed, word
     assert "\n" not in message
 
 
+@pytest.mark.slow
 def test_new_changed_gone_and_broken_images(run, copied, home):
     """Half of the images first; then the rest, of which one is broken, while others change and go."""
     output, images = home / "halves", copied / "images"
