@@ -423,7 +423,9 @@ class EpochMetrics(_Record):
         held_out_pseudo: The same of the categories of their pseudo-labels, which stand for the truth.
         measures: Recipes of towers: what they do on validation images, by name, 0 to 1; None without any.
         measures_before: The same before the first step; in the first epoch alone.
-        num_val_unreadable: Validation images that could not be read, and were left out of `measures`.
+        num_val_unreadable: Validation images that could not be read, or have no finite vector, and were left
+            out of `measures`.
+        val_problem: Why there are no `measures` although there are validation images; None elsewhere.
         seconds: Of the training alone.
         seconds_measuring: Of the measures.
     """
@@ -441,6 +443,7 @@ class EpochMetrics(_Record):
     measures: dict[str, float] | None = None
     measures_before: dict[str, float] | None = None
     num_val_unreadable: int = 0
+    val_problem: str | None = None
     seconds: float
     seconds_measuring: float = 0.0
 

@@ -155,7 +155,8 @@ class FinetuneSettings(Settings):
         min_length=1,
         description="a data set to measure on after each epoch, as --dataset: mAP@50; gpr, mcip: "
         "image-to-image and zero-shot, and realign text-to-image, before the first epoch, too. It chooses "
-        "no epoch: gpr, mcip and realign keep the last",
+        "no epoch: gpr, mcip and realign keep the last. These compare all its images with each other, or "
+        "with all its captions, each time: take some thousands, some ten thousand at most",
     )
     val_split: str | None = Field(None, min_length=1, description="the split of --val; default: --split")
     val_labels: str | None = Field(
@@ -254,7 +255,7 @@ class FinetuneSettings(Settings):
         if (self.head, self.freeze) in {("clip", "qkvo"), ("dense", "qkvo"), ("dense", "vo")}:
             raise ValueError(f"freeze {self.freeze} leaves head {self.head} nothing to train: take none")
         if self.val is None and (self.val_labels or self.val_split):
-            raise ValueError("val_labels and val_split go with --val")
+            raise ValueError("--val-labels and --val-split go with --val")
         if self.workers > self.batch_size:
             raise ValueError(f"a batch of {self.batch_size} does not go round {self.workers} workers")
         return self
@@ -267,7 +268,7 @@ class FinetuneSettings(Settings):
         if self.recipe == "realign" and (self.split or self.val_split):
             raise ValueError("--split and --val-split go with classes: recipe realign has captions")
         if self.val is None and self.val_split:
-            raise ValueError("val_split goes with --val")
+            raise ValueError("--val-split goes with --val")
         if self.lr_end is not None and self.lr_end > self.lr:
             raise ValueError(f"lr_end ({self.lr_end}) is above lr ({self.lr})")
         if self.workers > self.batch_size:

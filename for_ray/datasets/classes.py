@@ -10,6 +10,7 @@ are in alphabetical order, images in that of their uris.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
@@ -112,6 +113,49 @@ def classes_of(images: LabelledImages, *, why: str) -> NDArray[np.int64]:
     classes = np.full(len(images), -1, np.int64)
     classes[counts == 1] = images.labels.values
     return classes
+
+
+@dataclass(frozen=True)
+class ClassImages:
+    """Images with one class each.
+
+    Attributes:
+        name: What messages call the set.
+        uris: Of the images [B].
+        classes: Which of `names` each is of [B].
+        names: Of the classes.
+        num_bare: Images of the data set that have no class, and were left out.
+    """
+
+    name: str
+    uris: pa.ChunkedArray
+    classes: NDArray[np.int64]
+    names: tuple[str, ...]
+    num_bare: int
+
+    @classmethod
+    def of(cls, images: LabelledImages, *, why: str) -> ClassImages:
+        """Those of a data set."""
+        classes = classes_of(images, why=why)
+        has_class = classes >= 0
+        uris = images.uris.filter(pa.array(has_class))
+        return cls(images.name, uris, classes[has_class], images.categories, int((~has_class).sum()))
+
+    @property
+    def has_pair(self) -> bool:
+        """Whether two of them are of one class."""
+        return int(np.bincount(self.classes).max(initial=0)) > 1
+
+
+def no_pair(name: str, *, are_read: bool = False) -> str:
+    """What messages say of a set where no image has another of its class.
+
+    Args:
+        name: Of the set.
+        are_read: Images that cannot be read were left out.
+    """
+    which = "that can be read " if are_read else ""
+    return f"no class of {name} has two images {which}to find each other"
 
 
 def _labelled(

@@ -16,6 +16,9 @@ from numpy.typing import NDArray
 
 from for_ray.evaluation.ranking import rank_images
 
+RANKS = (1, 5, 10)
+"""Of R@k with captions (§4)."""
+
 NEIGHBOURS = 21
 """k of the k-NN classification (§4)."""
 
@@ -84,6 +87,40 @@ def image_scores(queries: VectorSets, gallery: VectorSets) -> Iterator[tuple[int
         yield first, (sums / lengths[first:end, None]).astype(np.float32)
 
 
+class ClassQueries(NamedTuple):
+    """Of images that asked for their class, those that have another of it [Q].
+
+    precisions: AP of each, float64.
+    is_first: Whether its first image is relevant, bool.
+    """
+
+    precisions: NDArray[np.float64]
+    is_first: NDArray[np.bool_]
+
+
+def ask_for_classes(
+    images: VectorSets, classes: NDArray[np.int64], is_asking: NDArray[np.bool_]
+) -> ClassQueries:
+    """Some images ask for the others of their class; each is left out of its own ranking of all.
+
+    Args:
+        images: B images.
+        classes: Of each [B].
+        is_asking: Which ask [B]; may be none.
+    """
+    asking, precisions, is_first = np.flatnonzero(is_asking), [], []
+    for first, scores in image_scores(images.select(is_asking), images):
+        for query, values in zip(asking[first:].tolist(), scores, strict=False):
+            order = np.argsort(-values, kind="stable")
+            order = order[order != query]
+            is_relevant = classes[order] == classes[query]
+            if is_relevant.any():
+                precision = np.cumsum(is_relevant) / np.arange(1, len(order) + 1)
+                precisions.append(float(precision[is_relevant].mean()))
+                is_first.append(bool(is_relevant[0]))
+    return ClassQueries(np.array(precisions, np.float64), np.array(is_first, bool))
+
+
 def image_to_image(images: VectorSets, classes: NDArray[np.int64]) -> ImageToImage:
     """Each image asks for the others of its class; it is left out of its own ranking.
 
@@ -94,21 +131,12 @@ def image_to_image(images: VectorSets, classes: NDArray[np.int64]) -> ImageToIma
     Raises:
         ValueError: No image has another of its class.
     """
-    precisions, firsts, num_alone = [], [], 0
-    for first, scores in image_scores(images, images):
-        for row, values in enumerate(scores):
-            order = np.argsort(-values, kind="stable")
-            order = order[order != first + row]
-            is_relevant = classes[order] == classes[first + row]
-            if not is_relevant.any():
-                num_alone += 1
-                continue
-            precision = np.cumsum(is_relevant) / np.arange(1, len(order) + 1)
-            precisions.append(float(precision[is_relevant].mean()))
-            firsts.append(bool(is_relevant[0]))
-    if not precisions:
+    asked = ask_for_classes(images, classes, np.ones(len(images), bool))
+    if not len(asked.precisions):
         raise ValueError("no image has another of its class")
-    return ImageToImage(float(np.mean(precisions)), float(np.mean(firsts)), num_alone)
+    return ImageToImage(
+        float(asked.precisions.mean()), float(asked.is_first.mean()), len(images) - len(asked.precisions)
+    )
 
 
 def knn_accuracy(

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import time
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,11 +19,11 @@ from numpy.typing import NDArray
 
 from for_ray.config import EvaluateSettings
 from for_ray.datasets.captions import CaptionedImages, open_captioned
-from for_ray.datasets.classes import classes_of
-from for_ray.datasets.labelled import LabelledImages
+from for_ray.datasets.classes import ClassImages, no_pair
 from for_ray.datasets.spec import open_dataset
 from for_ray.errors import DataError
 from for_ray.evaluation.similarity import (
+    RANKS,
     VectorSets,
     image_to_image,
     knn_accuracy,
@@ -44,37 +43,7 @@ if TYPE_CHECKING:
     from for_ray.stages.encode import Pool
     from for_ray.stages.score import Scores
 
-RANKS = (1, 5, 10)
-"""Of R@k in text-to-image."""
-
 TASKS = ("image-to-image", "knn", "zero-shot", "text-to-image")
-
-
-@dataclass(frozen=True)
-class ClassImages:
-    """Images with one class each.
-
-    Attributes:
-        name: What messages call the set.
-        uris: Of the images [B].
-        classes: Which of `names` each is of [B].
-        names: Of the classes.
-        num_bare: Images of the data set that have no class, and were left out.
-    """
-
-    name: str
-    uris: pa.ChunkedArray
-    classes: NDArray[np.int64]
-    names: tuple[str, ...]
-    num_bare: int
-
-    @classmethod
-    def of(cls, images: LabelledImages, *, why: str) -> ClassImages:
-        """Those of a data set."""
-        classes = classes_of(images, why=why)
-        has_class = classes >= 0
-        uris = images.uris.filter(pa.array(has_class))
-        return cls(images.name, uris, classes[has_class], images.categories, int((~has_class).sum()))
 
 
 def open_images(settings: EvaluateSettings) -> ClassImages | CaptionedImages:
@@ -89,8 +58,8 @@ def open_images(settings: EvaluateSettings) -> ClassImages | CaptionedImages:
         return open_captioned(settings.dataset)
     dataset = open_dataset(settings.dataset, split=settings.split)
     found = ClassImages.of(dataset, why=f"--task {settings.task}")
-    if _is_with_itself(settings) and np.bincount(found.classes).max() < 2:
-        raise DataError(f"--task {settings.task}: no class of {found.name} has two images to find each other")
+    if _is_with_itself(settings) and not found.has_pair:
+        raise DataError(f"--task {settings.task}: {no_pair(found.name)}")
     return found
 
 
@@ -193,10 +162,8 @@ class TaskRun:
             return {"accuracy": self._knn(bundle, vectors, classes)}, len(classes), num_classes | alone
         if np.bincount(classes).max() < 2:
             num_unread = len(images.uris) - len(classes)
-            raise DataError(
-                f"--task image-to-image: no class of {images.name} has two images that can be read to find "
-                f"each other; {num_unread:,} cannot be read"
-            )
+            lacking = no_pair(images.name, are_read=True)
+            raise DataError(f"--task image-to-image: {lacking}; {num_unread:,} cannot be read")
         ranked = image_to_image(vectors, classes)
         measures = {"mAP": ranked.mean_average_precision, "R@1": ranked.recall_at_1}
         return measures, len(classes), num_classes | {"alone_in_their_class": ranked.num_alone}

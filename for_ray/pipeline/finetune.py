@@ -444,7 +444,11 @@ def _another_run(layout: FinetuneLayout, before: FinetuneRun, run: FinetuneRun) 
         for name, value in run.settings.items()
         if name not in UNDECISIVE and before.settings.get(name) != value
     ]
-    differs = ", ".join(changed[:3]) or "other images, labels or encoder"
+    vals = [each.settings.get("val") for each in (before, run)]
+    if vals.count(None) == 1:
+        changed.append(f"val {vals[0]} → {vals[1]}")
+    unseen = "images, labels or encoder" if vals == [None, None] else "images, labels, --val or encoder"
+    differs = ", ".join(changed[:3]) or f"other {unseen}"
     return (
         f"{shown(layout.output_uri)} holds a fine-tuning with other settings ({differs}): give another "
         "--output, or delete that one"

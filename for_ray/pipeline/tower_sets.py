@@ -11,14 +11,13 @@ from numpy.typing import NDArray
 
 from for_ray.config import FinetuneSettings
 from for_ray.datasets.captions import PAIR_FORMS, CaptionedImages, open_captioned
-from for_ray.datasets.classes import classes_of
+from for_ray.datasets.classes import ClassImages, classes_of, no_pair
 from for_ray.datasets.labelled import Ragged
 from for_ray.datasets.spec import FORMS, open_dataset
 from for_ray.errors import ConfigError, DataError
 from for_ray.model.bundle import Bundle
 from for_ray.model.encoder_config import EncoderConfig
 from for_ray.model.text import fill
-from for_ray.pipeline.evaluate_tasks import ClassImages
 from for_ray.stages.caption_table import CaptionTable, read_table
 from for_ray.stages.tower_val import TowerVal
 from for_ray.stages.training_images import TrainingImages
@@ -28,6 +27,8 @@ Say = Callable[[str], None]
 
 NUM_LOOKED_AT = 32
 """Images of a set that are opened before the workers start."""
+
+WHEN_MEASURED = "measured before the first epoch, and after each"
 
 
 class TowerSet(NamedTuple):
@@ -125,11 +126,8 @@ def look_at_some(name: str, images: TrainingImages, config: EncoderConfig, say: 
 
 
 def _val_of_classes(found: ClassImages, prompts: tuple[str, ...], say: Say) -> TowerVal:
-    counts = np.bincount(found.classes)
-    if counts.max() < 2:
-        raise DataError(
-            f"--val: no class of {found.name} has two images to find each other: add more images of a class"
-        )
+    if not found.has_pair:
+        raise DataError(f"--val: {no_pair(found.name)}: add more images of a class")
     for name in found.names:
         try:
             fill(prompts, name)
@@ -137,9 +135,11 @@ def _val_of_classes(found: ClassImages, prompts: tuple[str, ...], say: Say) -> T
             raise DataError(
                 f"--val: a class of {found.name} is called {name!r}, which no prompt can ask for: rename it"
             ) from error
+    counts = np.bincount(found.classes)
     say(
         f"--val {found.name}: {len(found.classes):,} images of {int((counts > 0).sum()):,} classes, "
-        f"{int((counts == 1).sum()):,} with one image; {found.num_bare:,} images without a class are left out"
+        f"{int((counts == 1).sum()):,} with one image; {found.num_bare:,} images without a class are left "
+        f"out; {WHEN_MEASURED}"
     )
     of_image = Ragged(np.arange(len(found.classes) + 1), found.classes.astype(np.int32))
     return TowerVal(found.name, _strings(found.uris), found.names, of_image)
@@ -148,7 +148,7 @@ def _val_of_classes(found: ClassImages, prompts: tuple[str, ...], say: Say) -> T
 def _val_of_pairs(found: CaptionedImages, say: Say) -> TowerVal:
     if len(found) < 2:
         raise DataError(f"--val: {found.name} has one image, which any caption finds: add others")
-    say(f"--val {found.describe()}")
+    say(f"--val {found.describe()}; {WHEN_MEASURED}")
     return TowerVal(found.name, _strings(found.uris), found.captions.texts, found.of_image)
 
 

@@ -168,6 +168,8 @@ class TowerTuning(Tuning):
         content = [decisive, self.bundle.fingerprint, digest([towers.images]), captions.hexdigest()]
         if self.val is not None:
             content.append(self.val.digest())
+            if self.settings.recipe != "realign":  # the prompts decide which names are near
+                content.append(self.bundle.text_fingerprint)
         return FinetuneRun(
             identity=hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest(),
             settings=self.settings.model_dump(mode="json", exclude={"config", "json_", *HEAD_FIELDS}),

@@ -56,8 +56,8 @@ def _counts(run: FinetuneRun) -> list[tuple[str, object]]:
         ("kept from training", run.num_held_out),
         ("missing or unreadable", run.num_missing + last.num_unreadable),
     ]
-    if last.measures is not None:
-        counts.append(("validation images left out: unreadable", last.num_val_unreadable))
+    if _task_names(run):
+        counts.append(("validation images left out: unreadable, or no vector", last.num_val_unreadable))
     is_set = run.settings.get("objective", "set") == "set"  # the ranking loss gives labels no slots
     for name, dropped in last.num_dropped.items() if is_set else ():
         known = LOSS_NAMES.get(name, name)
@@ -88,19 +88,24 @@ def _validation(run: FinetuneRun) -> Chart:
     return Chart("Validation: mAP@50", chart, note="Never used to choose the epoch.")
 
 
+def _task_names(run: FinetuneRun) -> list[str]:
+    """What towers are measured by; none without --val."""
+    return list(run.epochs[0].measures_before or run.epochs[0].measures or {})
+
+
 def _tasks(run: FinetuneRun) -> Chart:
     """What towers do, from how they were before the first epoch."""
-    found = [(each.epoch, each.measures) for each in run.epochs if each.measures is not None]
-    if not found:
+    names = _task_names(run)
+    if not names:
         return Chart("Validation", line_chart([], x_label="epoch"), note="No --val was given.")
-    if run.epochs[0].measures_before is not None:
-        found.insert(0, (0, run.epochs[0].measures_before))
-    lines = [
-        Line(name, [epoch for epoch, _ in found], [measures[name] for _, measures in found])
-        for name in found[0][1]
-    ]
-    note = "Epoch 0 is the encoder that it began with. The encoder that came out is of the last epoch."
-    return Chart("Validation", line_chart(lines, x_label="epoch"), note=note)
+    found = [(0, run.epochs[0].measures_before), *((each.epoch, each.measures) for each in run.epochs)]
+    known = [(epoch, measures) for epoch, measures in found if measures is not None]
+    places = [epoch for epoch, _ in known]
+    lines = [Line(name, places, [measures[name] for _, measures in known]) for name in names]
+    notes = ["Epoch 0 is the encoder that it began with. The encoder that came out is of the last epoch."]
+    problems = [(each.epoch, each.val_problem) for each in run.epochs if each.val_problem is not None]
+    notes += [f"Epoch {epoch} was not measured: {problem}." for epoch, problem in problems]
+    return Chart("Validation", line_chart(lines, x_label="epoch"), note=" ".join(notes))
 
 
 def _held_out(run: FinetuneRun) -> Chart:
@@ -154,5 +159,4 @@ def _measured_of_heads(run: FinetuneRun) -> dict[str, list[float | None]]:
 
 def _measured_of_towers(run: FinetuneRun) -> dict[str, list[float | None]]:
     """The columns of the table, by name, a value an epoch."""
-    names = run.epochs[0].measures or {}
-    return {name: [(each.measures or {}).get(name) for each in run.epochs] for name in names}
+    return {name: [(each.measures or {}).get(name) for each in run.epochs] for name in _task_names(run)}

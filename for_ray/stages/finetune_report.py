@@ -101,13 +101,17 @@ def epoch_line(metrics: EpochMetrics, num_epochs: int) -> str:
         parts += [f"val {group} {_shown(mean)}" for group, mean in metrics.val.items() if group != "all"]
     measured = _measured(metrics.measures, metrics.measures_before)
     parts += [f"val {name} {said}" for name, said in measured.items()]
-    if metrics.num_val_unreadable:
-        parts.append(f"{metrics.num_val_unreadable:,} images of --val cannot be read")
+    if metrics.val_problem is not None:
+        parts.append(f"not measured: {metrics.val_problem}")
+    elif metrics.num_val_unreadable:
+        unread = f"{metrics.num_val_unreadable:,} images of --val"
+        parts.append(f"{unread} cannot be read, or have no finite vector")
     if metrics.held_out is not None:
         parts.append(f"held out {metrics.held_out:.3f}")
     if dropped := sum(metrics.num_dropped.values()):
         parts.append(f"{dropped:,} labels without a slot")
-    return f"epoch {metrics.epoch} of {num_epochs}: {', '.join(parts)}; {metrics.seconds:.1f} s"
+    measuring = f" and {metrics.seconds_measuring:.1f} s to measure" if metrics.seconds_measuring else ""
+    return f"epoch {metrics.epoch} of {num_epochs}: {', '.join(parts)}; {metrics.seconds:.1f} s{measuring}"
 
 
 def _measured(measures: dict[str, float] | None, before: dict[str, float] | None) -> dict[str, str]:

@@ -1,16 +1,18 @@
 """CLIP's towers while they are tuned, and the vectors that all workers compute together with them.
 
-Each computes its part, all get all: worker r of n has the rows r, r + n, ….
+Each computes its part, all get all: worker r of n has the rows r, r + n, …, which may be none. Memory: all
+vectors as float16 on the CPU of each worker, and on its device once more while they are put together.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from for_ray.errors import StorageError
 from for_ray.model.bundle import Bundle, open_bundle
 from for_ray.model.text import embed_names, make_tokenizer
 from for_ray.model.tower_tuning import embed, load_clip
@@ -92,24 +94,36 @@ class SharedTowers:
             self._tokenize = make_tokenizer(self.bundle.model_config["text_cfg"], self.bundle.name)
         return self._tokenize(list(texts)).to(self.device)
 
-    def embed_images(self, images: TrainingImages) -> Embedded:
-        """Images by the image tower."""
+    def embed_images(self, images: TrainingImages, *, goes_on: bool = False) -> Embedded:
+        """Images by the image tower.
+
+        Args:
+            images: That have uris.
+            goes_on: Where the store refuses, this worker's images from there on count as unreadable.
+
+        Raises:
+            StorageError: The store refused, or the network failed again and again.
+        """
         import torch
 
         rows = np.arange(len(images))[self.rank :: self.world]
-        parts = np.array_split(rows, max(1, -(-len(rows) * self.world // self._job.batch_size)))
-        readable = [torch.zeros(0, dtype=torch.bool)]
-
-        def pixels() -> Iterator[Tensor]:
+        num_parts = min(len(rows), -(-len(rows) * self.world // self._job.batch_size))
+        parts = np.array_split(rows, num_parts) if num_parts else []
+        vectors = torch.zeros(len(rows), self.bundle.dim, dtype=torch.float16)
+        is_readable = torch.zeros(len(rows), dtype=torch.bool)
+        done = 0
+        try:
             for read in self.reader(images).batches(parts):
-                readable.append(read.is_readable)
-                yield self.normalised(read)
-
-        vectors = embed(self.clip, pixels(), dim=self.bundle.dim, dtype=self.dtype)
-        is_readable = torch.cat(readable).to(self.device)
+                some = slice(done, done + len(read.is_readable))
+                pixels = self.normalised(read)
+                vectors[some] = embed(self.clip, [pixels], dim=self.bundle.dim, dtype=self.dtype).cpu()
+                is_readable[some], done = read.is_readable, some.stop
+        except StorageError:
+            if not goes_on:
+                raise
         return Embedded(*(self.gather(mine, len(images)) for mine in (vectors, is_readable)))
 
-    def embed_names(self, names: Sequence[str]) -> NDArray[np.float32]:
+    def embed_names(self, names: Sequence[str]) -> NDArray[np.float16]:
         """Names by the text tower, through the bundle's prompts: unit vectors [V, D]; computed in float32."""
         return self._embed_texts(
             names,
@@ -121,7 +135,7 @@ class SharedTowers:
             ),
         )
 
-    def embed_captions(self, captions: Sequence[str]) -> NDArray[np.float32]:
+    def embed_captions(self, captions: Sequence[str]) -> NDArray[np.float16]:
         """Captions by the text tower, as they stand: unit vectors [C, D]; computed in float32."""
         from torch.nn import functional
 
@@ -133,15 +147,16 @@ class SharedTowers:
 
     def _embed_texts(
         self, texts: Sequence[str], embed_some: Callable[[Sequence[str]], Tensor]
-    ) -> NDArray[np.float32]:
+    ) -> NDArray[np.float16]:
         import torch
 
         mine = texts[self.rank :: self.world]
-        parts = [torch.empty(0, self.bundle.dim, device=self.device)]
+        vectors = torch.zeros(len(mine), self.bundle.dim, dtype=torch.float16)
         with torch.inference_mode():
-            starts = range(0, len(mine), TEXTS_AT_ONCE)
-            parts += [embed_some(mine[start : start + TEXTS_AT_ONCE]) for start in starts]
-        return self.gather(torch.cat(parts), len(texts)).numpy()
+            for start in range(0, len(mine), TEXTS_AT_ONCE):
+                some = slice(start, start + TEXTS_AT_ONCE)
+                vectors[some] = embed_some(mine[some]).cpu()
+        return self.gather(vectors, len(texts)).numpy()
 
     def gather(self, mine: Tensor, num_rows: int) -> Tensor:
         """All rows [B, …], on the CPU."""
@@ -162,14 +177,14 @@ class SharedTowers:
             rows.copy_(part[: len(rows)])
         return found
 
-    def sum(self, mine: int) -> int:
-        """Over all workers."""
+    def sum(self, mine: Sequence[float]) -> list[float]:
+        """Each value over all workers, which give as many; counts stay exact."""
         import torch
 
         if self.world == 1:
-            return mine
+            return list(mine)
         from torch import distributed
 
-        total: Any = torch.tensor(mine, device=self.device)
-        distributed.all_reduce(total)
-        return int(total)
+        totals = torch.tensor(mine, dtype=torch.float64, device=self.device)
+        distributed.all_reduce(totals)
+        return totals.tolist()

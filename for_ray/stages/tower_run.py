@@ -92,17 +92,20 @@ class TowerRun:
     def run_epoch(self) -> EpochMetrics:
         """Train the next epoch, and measure what came of it; before the first, what there was.
 
+        An epoch that was trained is kept, whatever keeps it from being measured.
+
         Raises:
-            HaltedError: The loss is not finite, or too many images are unreadable.
+            HaltedError: The loss is not finite, too many images are unreadable, or what there was before the
+                first epoch cannot be measured.
+            StorageError: The store refused, or the network failed again and again; not where it is measured
+                what came of an epoch.
         """
         started = time.monotonic()
-        before = self._measure() if not self.history else None
+        before = self._measures.measure() if self._measures is not None and not self.history else None
         seconds = time.monotonic() - started
         metrics = self._train(len(self.history))
         started = time.monotonic()
-        measured: dict[str, Any] = {"measures_before": before, "measures": self._measure()}
-        if self._measures is not None:
-            measured["num_val_unreadable"] = self._measures.num_unreadable
+        measured = {"measures_before": before, **self._measure_trained()}
         measured["seconds_measuring"] = seconds + time.monotonic() - started
         metrics = metrics.model_copy(update=measured)
         self.history.append(metrics)
@@ -122,8 +125,17 @@ class TowerRun:
         """Write the encoder that came out; one worker does it for all."""
         return save_tuned(self.bundle, self.clip, uri, recipe=self.job.tune.recipe, name=name)
 
-    def _measure(self) -> dict[str, float] | None:
-        return self._measures.measure() if self._measures is not None else None
+    def _measure_trained(self) -> dict[str, Any]:
+        """What is known of an epoch besides its training."""
+        if self._measures is None:
+            return {}
+        measures, problem = None, None
+        try:
+            measures = self._measures.measure(goes_on=True)
+        except HaltedError as error:  # all workers find it: they see the same vectors
+            problem = str(error)
+        unreadable = self._measures.num_unreadable
+        return {"measures": measures, "val_problem": problem, "num_val_unreadable": unreadable}
 
     def _train(self, epoch: int) -> EpochMetrics:
         job, started = self.job, time.monotonic()
@@ -138,7 +150,7 @@ class TowerRun:
             curve.add(self.trainer.step(batch, step=epoch * len(batches) + index))
         self.trainer.check(epoch)
         if not self._is_pairs:
-            self._num_unreadable = self._towers.sum(self._num_unreadable)
+            self._num_unreadable = int(self._towers.sum([self._num_unreadable])[0])
             self._check_readable(self._num_unreadable)
         return EpochMetrics(
             epoch=epoch + 1,

@@ -177,7 +177,7 @@ class BatchReader:
         for place, found in enumerate(decoded):
             if found is not None:
                 pixels[place] = found
-        return pixels, np.array([found is not None for found in decoded])
+        return pixels, np.array([found is not None for found in decoded], bool)
 
     def _decode(self, row: int) -> NDArray[np.uint8] | None:
         """Pixels of an image; None where it is gone, changed or no image: the run counts these."""

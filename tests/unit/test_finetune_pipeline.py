@@ -150,8 +150,15 @@ def test_another_run_in_the_same_place_is_refused(given, tmp_path):
         run_finetune(FinetuneSettings(**(given | {"lr": 0.01})), progress=QUIET)
     with pytest.raises(ConfigError, match=r"labelled_fraction 1\.0 → 0\.5"):
         run_finetune(FinetuneSettings(**(given | {"labelled_fraction": 0.5})), progress=QUIET)
-    with pytest.raises(ConfigError, match="other images, labels or encoder"):
+    with pytest.raises(ConfigError, match=r"other settings \(val None → "):
         run_finetune(FinetuneSettings(**(given | {"val": given["dataset"]})), progress=QUIET)
+    other = record.model_copy(update={"identity": "f" * 64})
+    for val, differs in ((None, "images, labels or"), ("coco:b", "images, labels, --val or")):
+        other = other.model_copy(update={"settings": other.settings | {"val": val}})
+        (tmp_path / "out" / "finetune.json").write_text(other.model_dump_json())
+        more = {"val": given["dataset"]} if val else {}
+        with pytest.raises(ConfigError, match=rf"other settings \(other {differs} encoder\): give"):
+            run_finetune(FinetuneSettings(**(given | more)), progress=QUIET)
     (tmp_path / "out" / "finetune.json").write_text("[]")
     with pytest.raises(DataError, match=r"finetune.json is no record of a fine-tuning"):
         run_finetune(FinetuneSettings(**given), progress=QUIET)

@@ -68,7 +68,7 @@ def test_flags_and_file_win_over_the_preset(monkeypatch, tmp_path: Path):
         ),
         (["--head", "clip", "--freeze", "qkvo"], "freeze qkvo leaves head clip nothing to train"),
         (["--select", "best", "--held-out", "0"], "select best needs --held-out above 0"),
-        (["--val-labels", "v"], "val_labels and val_split go with --val"),
+        (["--val-labels", "v"], "--val-labels and --val-split go with --val"),
         (["--workers", "8", "--batch-size", "4"], "a batch of 4 does not go round 8 workers"),
         (["--lr", "0"], "--lr (or FOR_RAY_LR): input should be greater than 0"),
         (["--labelled-fraction", "0"], "--labelled-fraction"),

@@ -87,7 +87,7 @@ def test_each_recipe_has_its_papers_defaults():
         (["--recipe", "gpr", "--captions", "c"], "needs --captions"),
         (["--recipe", "gpr", "--slots", "5"], "--slots: not a setting of recipe gpr"),
         (["--recipe", "gpr", "--val-labels", "a"], "^--val-labels: not a setting of recipe gpr$"),
-        (["--recipe", "gpr", "--val-split", "a"], "val_split goes with --val"),
+        (["--recipe", "gpr", "--val-split", "a"], "--val-split goes with --val"),
         (["--recipe", "realign", "--val", "a", "--val-split", "s"], "recipe realign has captions"),
         (["--losses", "sup", "--margin", "0.2"], "--margin: not a setting of recipe for"),
         (

@@ -13,18 +13,20 @@ from for_ray.datasets.captions import open_captioned
 from for_ray.datasets.classes import classes_of
 from for_ray.datasets.instances import write_instances
 from for_ray.datasets.spec import open_dataset
-from for_ray.errors import ConfigError, DataError
+from for_ray.errors import ConfigError, DataError, StorageError
 from for_ray.evaluation.similarity import VectorSets, image_to_image, text_to_image, zero_shot_accuracy
 from for_ray.model.bundle import Bundle, open_bundle
 from for_ray.model.encoder import Encoder, load_encoder
 from for_ray.model.trainer import HaltedError
 from for_ray.pipeline.tower_tuning import TowerTuning, make_tower_job, run_tower_tuning
+from for_ray.schema import EpochMetrics
 from for_ray.stages.progress import Progress
 from for_ray.stages.shared_towers import Embedded, SharedTowers
-from for_ray.stages.tower_run import TowerRun
+from for_ray.stages.tower_run import TowerRun, tune_here
+from for_ray.stages.training_images import BatchReader, ReadBatch
 
 QUIET = Progress(is_quiet=True)
-SIZE = 64
+SIZE = 32
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +78,7 @@ def evaluated(bundle: Bundle, spec: str) -> dict[str, float]:
     }
 
 
+@pytest.mark.slow
 def test_images_and_names_are_measured_before_the_first_epoch_and_after_each(given):
     settings = FinetuneSettings(**given)
     job = make_tower_job(settings)
@@ -91,9 +94,11 @@ def test_images_and_names_are_measured_before_the_first_epoch_and_after_each(giv
     assert last.measures_before is None
     assert first.measures_before != first.measures
     assert first.seconds_measuring > 0
-    bare = TowerRun(make_tower_job(settings.model_copy(update={"val": None})), device="cpu")
-    assert bare.run_epoch().losses == first.losses  # measuring changes nothing
+    bare = tune_here(make_tower_job(settings.model_copy(update={"val": None})))
+    assert [each.losses for each in bare.history] == [each.losses for each in second.history]
     assert bare.history[0].measures is None
+    for name, value in bare.trainer.trained.items():  # measuring changes nothing
+        assert torch.equal(value, second.trainer.trained[name])
 
 
 @pytest.mark.slow
@@ -101,9 +106,9 @@ def test_captions_are_measured_and_the_locked_tower_looks_once(of_pairs, monkeyp
     looked: list[int] = []
     embed_images = SharedTowers.embed_images
 
-    def looking(self: SharedTowers, images) -> Embedded:
+    def looking(self: SharedTowers, images, **how) -> Embedded:
         looked.append(len(images))
-        return embed_images(self, images)
+        return embed_images(self, images, **how)
 
     monkeypatch.setattr(SharedTowers, "embed_images", looking)
     run = TowerRun(make_tower_job(FinetuneSettings(**of_pairs)), device="cpu")
@@ -120,20 +125,105 @@ def test_captions_are_measured_and_the_locked_tower_looks_once(of_pairs, monkeyp
     assert set(run.history[0].measures_before) == set(run.history[1].measures)
 
 
-def test_two_workers_share_what_one_does(given, of_pairs, monkeypatch):
-    """Each has every other row; `test_tower_pipeline` has how these are put together."""
+def make_simple(towers: SharedTowers) -> SharedTowers:
+    """Each tower is one matrix, always the same, and refuses an empty batch, as a ViT does."""
+
+    def encode(batch: torch.Tensor) -> torch.Tensor:
+        assert len(batch)
+        flat = batch.float().flatten(1)
+        random = torch.Generator().manual_seed(0)
+        return flat @ torch.randn(flat.shape[1], towers.bundle.dim, generator=random)
+
+    towers.clip.encode_image = towers.clip.encode_text = encode
+    return towers
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_workers_share_what_one_does(given, monkeypatch, world):
+    """Three images and three texts; the last of four workers has none of them, of the same kind."""
     job = make_tower_job(FinetuneSettings(**given))
-    whole = SharedTowers(job, device="cpu")
-    monkeypatch.setattr(SharedTowers, "gather", lambda _self, mine, _num_rows: mine.cpu())
-    names = ["a red car", "a dog", "an umbrella"]
-    for rank in range(2):
-        part = SharedTowers(job, device="cpu", rank=rank, world=2)
-        mine, its = part.embed_images(job.val.images), whole.embed_images(job.val.images)
-        torch.testing.assert_close(mine.vectors, its.vectors[rank::2], atol=1e-3, rtol=0)
-        assert mine.is_readable.tolist() == [True] * 3
-        for embed in ("embed_names", "embed_captions"):
-            found, expected = (getattr(each, embed)(names) for each in (part, whole))
-            np.testing.assert_allclose(found, expected[rank::2], atol=1e-5)
+    images, names = job.val.images.select(np.arange(3)), ["a red car", "a dog", "an umbrella"]
+    sent: list[torch.Tensor] = []
+    monkeypatch.setattr(SharedTowers, "gather", lambda _self, mine, _num_rows: sent.append(mine) or mine)
+
+    def send(rank: int, world: int) -> list[torch.Tensor]:
+        sent.clear()
+        towers = make_simple(SharedTowers(job, device="cpu", rank=rank, world=world))
+        towers.embed_images(images), towers.embed_names(names), towers.embed_captions(names)
+        return list(sent)
+
+    whole = send(0, 1)
+    assert [each.dtype for each in whole] == [torch.float16, torch.bool, torch.float16, torch.float16]
+    assert whole[1].tolist() == [True] * 3
+    for vectors in (whole[0], *whole[2:]):
+        assert vectors.float().norm(dim=1).tolist() == pytest.approx([1] * 3, abs=1e-3)
+    for rank in range(world):
+        for mine, all_of_it in zip(send(rank, world), whole, strict=True):
+            torch.testing.assert_close(mine, all_of_it[rank::world], atol=1e-3, rtol=0)
+
+
+def test_no_rows_are_read_as_none(given):
+    job = make_tower_job(FinetuneSettings(**given))
+    read = SharedTowers(job, device="cpu").reader(job.val.images).read(np.array([], np.int64))
+    assert (read.pixels.shape, read.is_readable.dtype) == ((0, 3, SIZE, SIZE), torch.bool)
+
+
+def test_where_the_store_refuses_the_rest_counts_as_unreadable(given, monkeypatch):
+    """If it goes on; what was read before is kept."""
+    job, read = make_tower_job(FinetuneSettings(**given)), BatchReader.read
+    towers, images = make_simple(SharedTowers(job, device="cpu")), job.val.images
+
+    def refuse_later(self: BatchReader, rows: np.ndarray) -> ReadBatch:
+        if 3 in rows:
+            raise StorageError("the store is away")
+        return read(self, rows)
+
+    monkeypatch.setattr(BatchReader, "read", refuse_later)
+    found = towers.embed_images(images, goes_on=True)
+    assert found.is_readable.tolist() == [True] * 3 + [False] * 3
+    assert found.vectors.norm(dim=1).tolist() == pytest.approx([1] * 3 + [0] * 3, abs=1e-3)
+    with pytest.raises(StorageError, match="the store is away"):
+        towers.embed_images(images)
+
+
+def test_an_epoch_that_cannot_be_measured_is_kept_and_says_why(given, monkeypatch):
+    """Only what there was before the first epoch must be measured."""
+    job = make_tower_job(FinetuneSettings(**(given | {"epochs": 3})))
+    run = TowerRun(job, device="cpu")
+    rng, told = np.random.default_rng(0), []
+    vectors = torch.from_numpy(rng.standard_normal((6, run.bundle.dim))).half()
+    is_away = [False, True, False, True]
+
+    def embed_images(_self: SharedTowers, images, *, goes_on: bool) -> Embedded:
+        told.append(goes_on)
+        away = is_away[len(told) - 1]
+        return Embedded(vectors, torch.tensor([True] + [not away] * 5))
+
+    def train(epoch: int) -> EpochMetrics:
+        return EpochMetrics(
+            epoch=epoch + 1, lr=0.1, losses={}, num_matched={}, num_dropped={}, curve=(), num_unreadable=0,
+            seconds=1,
+        )  # fmt: skip
+
+    monkeypatch.setattr(SharedTowers, "embed_images", embed_images)
+    monkeypatch.setattr(run, "_train", train)
+    while not run.is_done:
+        run.run_epoch()
+    assert told == [False, True, True, True]
+    first, second, third = run.history
+    problem = (
+        "--val: 5 of 6 images of labels labels cannot be read, or have no finite vector; at most 5% may "
+        "(--max-bad-fraction)"
+    )
+    for epoch in (first, third):
+        assert (epoch.measures, epoch.num_val_unreadable, epoch.val_problem) == (None, 5, problem)
+    assert (second.num_val_unreadable, second.val_problem) == (0, None)
+    assert second.measures == first.measures_before
+    again = TowerRun(job, device="cpu")
+    is_away.append(True)
+    with pytest.raises(HaltedError, match="5 of 6 images of labels labels cannot be read"):
+        again.run_epoch()
+    assert again.history == []
 
 
 @pytest.mark.slow
@@ -160,10 +250,13 @@ def test_unreadable_images_are_left_out_and_too_many_stop_it_before_the_first_st
     lines[1::2] = [f"{tmp_path}/none-{line.rsplit('/')[-1]}" for line in lines[1::2]]
     (tmp_path / "val.csv").write_text("\n".join([header, *lines]))
     changed["max_bad_fraction"] = 0.5
-    refuse("no class of labels val has two images that can be read to find each other; 3 of 6 cannot be read")
+    refuse(
+        "no class of labels val has two images that can be read to find each other; 3 of 6 images of labels "
+        "val cannot be read, or have no finite vector"
+    )
 
 
-def test_another_validation_set_is_another_run(given, of_pairs, home, tmp_path):
+def test_another_validation_set_is_another_run(given, of_pairs, home, tmp_path, monkeypatch):
     def identity(base: dict[str, object], **more: object) -> str:
         return TowerTuning(FinetuneSettings(**(base | more)), QUIET)._record().identity
 
@@ -174,7 +267,11 @@ def test_another_validation_set_is_another_run(given, of_pairs, home, tmp_path):
     assert identity(given, val=f"labels:{tmp_path}/same.csv") == same
     others = [identity(given, val=f"labels:{tmp_path}/{name}.csv") for name in ("more", "other")]
     assert len({same, identity(given, val=None), *others}) == 4
-    assert identity(of_pairs) != identity(of_pairs, val=of_pairs["dataset"])
+    pairs, bare = identity(of_pairs), identity(given, val=None)
+    assert pairs != identity(of_pairs, val=of_pairs["dataset"])
+    monkeypatch.setattr(Bundle, "text_fingerprint", "of other prompts")  # these decide which name is near
+    assert identity(given) != same
+    assert (identity(of_pairs), identity(given, val=None)) == (pairs, bare)
 
 
 def test_what_is_there_is_told(given, of_pairs, home, tmp_path):
@@ -187,6 +284,7 @@ def test_what_is_there_is_told(given, of_pairs, home, tmp_path):
     more = {"val": f"labels:{tmp_path}/val.csv", "val_split": f"{tmp_path}/split.json"}
     TowerTuning(FinetuneSettings(**(given | more)), progress)
     told = "--val labels val: 7 images of 4 classes, 1 with one image; 1 images without a class are left out"
+    told += "; measured before the first epoch, and after each"
     assert told in heard
     TowerTuning(FinetuneSettings(**of_pairs), progress)
     assert any(line.startswith("--val pairs captions: 6 images, ") for line in heard)

@@ -92,6 +92,17 @@ def test_towers_are_shown_from_before_the_first_epoch():
     assert table.startswith(
         "seconds to measure 0 – 0.125 0.75 – – 1 2 0.125 0.75 12 0 2 2 0.5 0.25 12 0 3 2 "
     )
+    problem = {
+        "measures": None,
+        "val_problem": "--val: 5 of 6 images cannot be read",
+        "num_val_unreadable": 5,
+    }
+    away = (epochs[0].model_copy(update=problem), epochs[1], epochs[2].model_copy(update=problem))
+    text = Text(render_training(make_run().model_copy(update=changes | {"epochs": away}), title="x")).words
+    assert "Epoch 1 was not measured: --val: 5 of 6 images cannot be read. Epoch 3 was not measured:" in text
+    table = " ".join(text[text.rindex("seconds to measure") :].split())
+    assert table.startswith("seconds to measure 0 – 0.125 0.75 – – 1 2 – – 12 0 2 2 0.5 0.25 12 0 3 2 – – ")
+    assert "images left out: unreadable, or no vector 5" in " ".join(text.split())
     bare = tuple(each.model_copy(update={"measures": None, "measures_before": None}) for each in epochs)
     text = Text(render_training(make_run().model_copy(update=changes | {"epochs": bare}), title="x")).words
     assert "No --val was given." in text
