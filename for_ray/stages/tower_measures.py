@@ -107,7 +107,7 @@ class TowerMeasures:
         if len(bad):
             raise HaltedError(
                 f"--val: {len(bad):,} of {len(vectors):,} {what} of {self._val.name} have no finite vector, "
-                f"such as {self._val.texts[bad[0]][:80]!r}: the text tower is broken"
+                f"such as {self._val.texts[bad[0]][:80]!r}: take another --encoder, or a lower --lr"
             )
         return vectors
 

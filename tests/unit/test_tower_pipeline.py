@@ -23,6 +23,8 @@ from for_ray.stages.progress import Progress
 from for_ray.stages.shared_towers import SharedTowers
 from for_ray.stages.tower_run import TowerRun, tune_here
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 QUIET = Progress(is_quiet=True)
 SIZE = 64
 

@@ -25,6 +25,8 @@ from for_ray.stages.shared_towers import Embedded, SharedTowers
 from for_ray.stages.tower_run import TowerRun, tune_here
 from for_ray.stages.training_images import BatchReader, ReadBatch
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 QUIET = Progress(is_quiet=True)
 SIZE = 32
 
@@ -78,7 +80,6 @@ def evaluated(bundle: Bundle, spec: str) -> dict[str, float]:
     }
 
 
-@pytest.mark.slow
 def test_images_and_names_are_measured_before_the_first_epoch_and_after_each(given):
     settings = FinetuneSettings(**given)
     job = make_tower_job(settings)
@@ -101,7 +102,6 @@ def test_images_and_names_are_measured_before_the_first_epoch_and_after_each(giv
         assert torch.equal(value, second.trainer.trained[name])
 
 
-@pytest.mark.slow
 def test_captions_are_measured_and_the_locked_tower_looks_once(of_pairs, monkeypatch):
     looked: list[int] = []
     embed_images = SharedTowers.embed_images
@@ -226,7 +226,6 @@ def test_an_epoch_that_cannot_be_measured_is_kept_and_says_why(given, monkeypatc
     assert again.history == []
 
 
-@pytest.mark.slow
 def test_unreadable_images_are_left_out_and_too_many_stop_it_before_the_first_step(
     given, home, tmp_path, monkeypatch
 ):

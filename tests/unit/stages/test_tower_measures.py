@@ -130,7 +130,7 @@ def test_the_means_are_over_the_queries_of_all_workers(are_captions):
 def test_texts_without_a_finite_vector_are_no_perfect_measure(are_captions, what):
     images, texts = np.eye(D, dtype=np.float16)[[0, 0, 1, 1]], np.eye(D, dtype=np.float16)[:2]
     texts[1, 3] = np.nan
-    message = f"^--val: 1 of 2 {what} of the set have no finite vector, such as 'a cat': the text tower"
+    message = f"^--val: 1 of 2 {what} of the set have no finite vector, such as 'a cat': take another"
     with pytest.raises(HaltedError, match=message):
         measure(images, texts, are_captions=are_captions)
 
