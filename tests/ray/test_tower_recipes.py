@@ -34,15 +34,17 @@ JOBS = Path(__file__).parents[2] / "jobs"
 QUIET = Progress(is_quiet=True)
 SIZE = 64
 COMMON = {"image_size": SIZE, "device": "cpu", "read_threads": 2}
+ONE_SWAP, FEW_SWAPS = 1.1 / 52, 3.1 / 52
+"""Of two of the 52 images that are as near: rounding changes their places, and so these shares."""
 TUNED = {"epochs": 2, "batch_size": 7, "lr": 1e-4, "encoder": "picturebook", **COMMON}
 
 
 @pytest.fixture(scope="module")
 def home(ray_address: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Five things in four views, with a file of captions, and three to measure on; never changed."""
+    """Five things in four views, with a file of captions, and 52 images to measure on; never changed."""
     folder = tmp_path_factory.mktemp("recipes")
     write_instances(folder / "set", instances=5, views=4, split="train", processes=1)
-    write_instances(folder / "val", instances=3, views=3, split="val", processes=1)
+    write_instances(folder / "val", instances=4, views=13, split="val", processes=1)
     lines = (folder / "set" / "captions.csv").read_text().splitlines()[1:]
     texts = [line.partition(",")[2] for line in lines]
     (folder / "captions.txt").write_text("\n".join([*texts, "", texts[0], "x" * 10_000]))
@@ -128,10 +130,9 @@ def test_mcip_by_two_workers_then_realign_then_an_index_for_pictures_and_words(
     alone = tune_here(make_tower_job(FinetuneSettings(**(given | {"output": str(tmp_path / "alone")}))))
     for mine, its in zip(record.epochs, alone.history, strict=True):
         assert mine.losses == pytest.approx(its.losses, rel=1e-3)
-        # Float noise may change the places of two images that are as near.
-        assert mine.measures == pytest.approx(its.measures, abs=0.1)
+        assert mine.measures == pytest.approx(its.measures, abs=FEW_SWAPS)
     before = record.epochs[0].measures_before
-    assert before == pytest.approx(alone.history[0].measures_before, abs=0.02)
+    assert before == pytest.approx(alone.history[0].measures_before, abs=ONE_SWAP)
     assert (told["measures"], told["measures_before"]) == (record.epochs[1].measures, before)
     assert "val image-to-image mAP" in done.stderr
     start = build_clip(open_bundle(f"{tmp_path}/mcip/start")).state_dict()
@@ -193,27 +194,33 @@ def test_too_many_unreadable_images_end_it_in_one_line(home, ray_address, tmp_pa
 @pytest.mark.slow
 def test_a_killed_tuning_goes_on_and_keeps_what_was_measured(home, ray_address, tmp_path):
     """What it began with is measured once, and the rest comes out as without a stop."""
-    given = TUNED | {"recipe": "gpr", "dataset": f"labels:{home}/set/labels.csv", "epochs": 6}
+    given = TUNED | {"recipe": "gpr", "dataset": f"labels:{home}/set/labels.csv", "epochs": 15}
     given |= {"val": f"labels:{home}/val/labels.csv", "output": str(tmp_path / "out")}
     command = [sys.executable, str(JOBS / "finetune.py"), *flags(given)]
     job = subprocess.Popen(command, env=job_environment(ray_address), stderr=subprocess.PIPE, text=True)
-    told = next(line for line in job.stderr if line.startswith("epoch 2 of 6"))
+    lines = []
+    for line in job.stderr:
+        lines.append(line)
+        if line.startswith("epoch 2 of 15"):
+            break
     job.send_signal(signal.SIGKILL)
     job.communicate()
-    assert ", val image-to-image mAP 0." in told
+    assert lines[-1].startswith("epoch 2 of 15"), lines
+    assert ", val image-to-image mAP 0." in lines[-1]
     heard: list[str] = []
     progress = Progress(is_quiet=True)
     progress.say = heard.append  # type: ignore[method-assign]
     summary = run_tower_tuning(FinetuneSettings(**given), progress=progress)
     epochs = [int(line.split()[1]) for line in heard if line.startswith("epoch")]
-    assert epochs[0] > 1
+    assert epochs == list(range(16 - len(epochs), 16))  # none, if it came to its end before it was killed
+    assert 1 not in epochs
     record = FinetuneRun.model_validate_json((tmp_path / "out" / "finetune.json").read_text())
     alone = tune_here(make_tower_job(FinetuneSettings(**(given | {"output": str(tmp_path / "alone")}))))
-    assert len(record.epochs) == 6
+    assert len(record.epochs) == 15
     for mine, its in zip(record.epochs, alone.history, strict=True):
-        assert mine.measures == pytest.approx(its.measures, abs=0.1)
+        assert mine.measures == pytest.approx(its.measures, abs=FEW_SWAPS)
         assert (mine.measures_before is None) == (mine.epoch > 1)
-    assert summary.measures_before == pytest.approx(alone.history[0].measures_before, abs=0.02)
+    assert summary.measures_before == pytest.approx(alone.history[0].measures_before, abs=ONE_SWAP)
     changed = given | {"val": f"labels:{home}/set/labels.csv"}
-    with pytest.raises(ConfigError, match="holds a fine-tuning with other settings"):
+    with pytest.raises(ConfigError, match=r"other settings \(other images, labels, --val or encoder\)"):
         run_tower_tuning(FinetuneSettings(**changed), progress=QUIET)
