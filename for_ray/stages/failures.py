@@ -62,10 +62,12 @@ def crash_of(error: BaseException) -> str | None:
     # An actor that waited for a node which went before it came; Ray Data raises it in several wrappings.
     if type(error).__module__.startswith("ray.") and _NEVER_RAN in str(error):
         return NEVER_STARTED
-    named = _named_error(error) if isinstance(error, exceptions.RayTaskError) else None
+    # Of some errors of tasks, such as the death of an actor that one waited for, Ray brings the text alone.
+    is_of_task = isinstance(error, exceptions.RayTaskError | exceptions.UnserializableException)
+    named = _named_error(error) if is_of_task else None
     if named is None or named[1] != "ray.exceptions.":
         return None
-    # A task whose input went with its node, and the actor that could make it again is no more.
+    # A task whose input went with its node, and the actor that could make it again, or list it, is no more.
     return RESULTS_LOST if named[2].startswith(("ActorDied", "Object")) else _cause(error)
 
 

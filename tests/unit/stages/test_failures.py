@@ -10,6 +10,7 @@ from ray.exceptions import (
     ActorUnavailableError,
     ObjectLostError,
     RayTaskError,
+    UnserializableException,
     WorkerCrashedError,
 )
 
@@ -17,6 +18,14 @@ from for_ray.errors import StageError, StorageError
 from for_ray.stages.failures import crash_of, failures
 
 NEVER_RAN = "The actor never ran - it was cancelled before it started running."
+LISTED = """ray.exceptions.RayTaskError: ray::ListFiles() (pid=1, ip=192.0.2.2)
+    for file_chunks in ray.get(ref):
+                       ^^^^^^^^^^^^
+ray.exceptions.ActorDiedError: The actor died unexpectedly before finishing this task.
+\tclass_name: FooterReader
+The actor died because its node has died. Node Id: ab
+\tthe actor's node was terminated unexpectedly: health check failed due to missing too many heartbeats
+"""
 ORPHANED = """Traceback (most recent call last):
   At least one of the input arguments for this task could not be computed:
 ray.exceptions.ActorDiedError: The actor died unexpectedly before finishing this task.
@@ -51,6 +60,8 @@ def never_started() -> ActorDiedError:
             "results went with their node",
         ),
         (RayTaskError("write", LOST_INPUT, ValueError()), "results went with their node"),
+        (UnserializableException(LISTED), "results went with their node"),
+        (UnserializableException(RAISED), None),
         (RayTaskError("encode", OF_A_READER, ValueError()), "its worker"),
         (RayTaskError("read", RAISED, ValueError()), None),
         (ActorUnavailableError("connection refused", None), "the node of an encoder could not be reached"),
