@@ -325,6 +325,7 @@ def scrape(node: dict[str, Any]) -> dict[str, float]:
     return sums
 
 
+@pytest.mark.slow
 def test_prometheus_sees_what_the_workers_do(draw, ray_address, encoder_name, tmp_path):
     import ray
 
