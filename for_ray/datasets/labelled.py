@@ -31,6 +31,11 @@ class Ragged:
         return cls(offsets, np.concatenate([np.empty(0, np.int32), *unique]))
 
     @classmethod
+    def empty(cls, num_rows: int) -> Ragged:
+        """So many lists without a value."""
+        return cls(np.zeros(num_rows + 1, np.int64), np.empty(0, np.int32))
+
+    @classmethod
     def of_pairs(cls, rows: NDArray[np.integer], values: NDArray[np.integer], num_rows: int) -> Ragged:
         """List r holds the values that stand beside r; each is sorted, without repetitions.
 

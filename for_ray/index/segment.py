@@ -25,7 +25,7 @@ from for_ray.schema import image_ids_of, slots_of
 
 CHUNK_VECTORS = 1 << 14
 """Vectors that are turned into float32 and added at once: 64 MB at 1024 dimensions. With a table's batches of
-4096, each added by itself, two threads take 1.3 times as long."""
+4096, each added by itself, `benchmarks/scale.py` took 1.1 to 1.25 times as long to build."""
 
 LENGTH_TOLERANCE = 0.01
 """A unit vector rounded to float16 is off by 2^-11 of each value, so by less than 0.001 in length."""

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from for_ray.config import FinetuneSettings
 from for_ray.datasets.captions import PAIR_FORMS, CaptionedImages, open_captioned
-from for_ray.datasets.classes import ClassImages, classes_of, no_pair
+from for_ray.datasets.classes import ClassImages, no_pair
 from for_ray.datasets.labelled import Ragged
 from for_ray.datasets.spec import FORMS, open_dataset
 from for_ray.errors import ConfigError, DataError
@@ -158,17 +158,16 @@ def _strings(uris: pa.ChunkedArray) -> pa.Array:
 
 def _read_classes(settings: FinetuneSettings, bundle: Bundle, say: Say) -> TowerSet:
     dataset = open_dataset(settings.dataset, split=settings.split)
-    classes = classes_of(dataset, why=f"--recipe {settings.recipe}")
-    rows = np.flatnonzero(classes >= 0)
-    uris = _strings(dataset.uris).take(pa.array(rows))
-    names, classes = np.unique(classes[rows], return_inverse=True)
+    found = ClassImages.of(dataset, why=f"--recipe {settings.recipe}")
+    uris, num_images = _strings(found.uris), len(found.classes)
+    names, classes = np.unique(found.classes, return_inverse=True)
     num_alone = int((np.bincount(classes) == 1).sum())
     say(
-        f"{dataset.name}: {len(rows):,} images of {len(names):,} classes, {num_alone:,} with one image; "
-        f"{len(dataset) - len(rows):,} images without a class are left out"
+        f"{found.name}: {num_images:,} images of {len(names):,} classes, {num_alone:,} with one image; "
+        f"{found.num_bare:,} images without a class are left out"
     )
-    images = TrainingImages(Ragged.of([[label] for label in classes]), np.ones(len(rows), bool), uris=uris)
-    of_image, vectors = Ragged(np.zeros(len(rows) + 1, np.int64), np.empty(0, np.int32)), None
+    images = TrainingImages(Ragged.of([[label] for label in classes]), np.ones(num_images, bool), uris=uris)
+    of_image, vectors = Ragged.empty(num_images), None
     if settings.captions is not None:
         table = _read_captions(settings.captions, bundle)
         asked = uris.to_pylist()
@@ -177,7 +176,7 @@ def _read_classes(settings: FinetuneSettings, bundle: Bundle, say: Say) -> Tower
         )
         vectors = table.vectors
         _tell_captions(settings, of_image, table.holds(asked), say)
-    return TowerSet(dataset.name, images, len(names), of_image, vectors)
+    return TowerSet(found.name, images, len(names), of_image, vectors)
 
 
 def _read_captions(output: str, bundle: Bundle) -> CaptionTable:
@@ -223,6 +222,7 @@ def _tell_captions(
 def _read_pairs(settings: FinetuneSettings, say: Say) -> TowerSet:
     dataset = open_captioned(settings.dataset)
     say(dataset.describe())
-    no_labels = Ragged(np.zeros(len(dataset) + 1, np.int64), np.empty(0, np.int32))
-    images = TrainingImages(no_labels, np.ones(len(dataset), bool), uris=_strings(dataset.uris))
+    images = TrainingImages(
+        Ragged.empty(len(dataset)), np.ones(len(dataset), bool), uris=_strings(dataset.uris)
+    )
     return TowerSet(dataset.name, images, 0, dataset.of_image, texts=dataset.captions.texts)

@@ -35,8 +35,7 @@ class TowerVal:
     @property
     def images(self) -> TrainingImages:
         """As they are read: without labels."""
-        no_labels = Ragged(np.zeros(len(self) + 1, np.int64), np.empty(0, np.int32))
-        return TrainingImages(no_labels, np.zeros(len(self), bool), uris=self.uris)
+        return TrainingImages(Ragged.empty(len(self)), np.zeros(len(self), bool), uris=self.uris)
 
     def digest(self) -> str:
         """A hash of which images these are, and of what they show: 64 hex digits."""

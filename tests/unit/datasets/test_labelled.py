@@ -6,6 +6,7 @@ import json
 import tracemalloc
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -40,3 +41,12 @@ def test_reading_takes_a_fraction_of_the_file(tmp_path, monkeypatch):
     tracemalloc.stop()
     assert len(images) == 8000
     assert peak < path.stat().st_size / 2
+
+
+@pytest.mark.parametrize("num_rows", [0, 3])
+def test_empty_lists_hold_nothing(num_rows):
+    made, expected = Ragged.empty(num_rows), Ragged.of([[]] * num_rows)
+    assert len(made) == num_rows
+    for name in ("offsets", "values"):
+        assert getattr(made, name).dtype == getattr(expected, name).dtype
+        assert np.array_equal(getattr(made, name), getattr(expected, name))

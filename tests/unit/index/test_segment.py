@@ -77,7 +77,8 @@ def test_a_vector_that_is_not_of_length_one_is_named(images, codec_path, tmp_pat
 
 def test_float16_rounding_is_no_wrong_length(build, tmp_path, make_images):
     images = make_images(200, dim=1024, max_slots=4)
-    build(images, "IVF2,Flat")  # would raise
+    built = build(images, "IVF2,Flat")  # would raise
+    assert faiss.read_index(str(built.paths[0])).ntotal == len(images.vectors)
 
 
 def test_an_id_that_comes_twice_is_named(images, codec_path, tmp_path):
