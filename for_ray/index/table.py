@@ -183,9 +183,17 @@ def add_missing_columns(table: Any, schema: pa.Schema) -> None:
             commit(lambda: table.add_columns(pa.schema(added)) or True, find=find)
 
 
-def scan_state(table: Any) -> Iterator[pa.RecordBatch]:
-    """What a diff has to know of every row: `uri`, `etag`, `error`, `_rowid` (uint64)."""
-    yield from _scan(table, ["uri", "etag", "error"], with_row_id=True)
+def scan_state(table: Any, *, since: Any | None = None) -> Iterator[pa.RecordBatch]:
+    """What a diff has to know of every row: `uri`, `etag`, `error`, `_rowid` (uint64).
+
+    Args:
+        table: The table.
+        since: An earlier version of it: only rows that were appended behind it.
+    """
+    held = set() if since is None else {part.fragment_id for part in since.get_fragments()}
+    fragments = [part for part in table.get_fragments() if part.fragment_id not in held]
+    if fragments:
+        yield from _scan(table, ["uri", "etag", "error"], with_row_id=True, fragments=fragments)
 
 
 def scan_labels(table: Any) -> Iterator[pa.RecordBatch]:

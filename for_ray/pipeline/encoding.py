@@ -9,8 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from for_ray.errors import StageError, StorageError
@@ -206,14 +204,8 @@ def _write_rest(gap: Gap, before: Any, after: Any, *, folder: Path, rest_uri: st
             for batch in file.iter_batches():
                 wanted.add(batch)
     wanted.finish()
-    known = (batch["_rowid"] for batch in table.scan_state(before) if batch.num_rows)
-    last = max((pc.max(row_ids).as_py() for row_ids in known), default=-1)
-    added = (_newer(batch, last) for batch in table.scan_state(after))
+    added = table.scan_state(after, since=before)
     return write_gap(wanted, added, folder=folder / "rest", gap_uri=rest_uri)
-
-
-def _newer(rows: pa.RecordBatch, last: int) -> pa.RecordBatch:
-    return rows.filter(pc.greater(rows["_rowid"], last))
 
 
 def _sum(one: WorkTime, other: WorkTime) -> WorkTime:

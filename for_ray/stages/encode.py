@@ -296,7 +296,12 @@ def _listed(gap: str | list[str] | pa.Table) -> Dataset:
         return ray.data.from_arrow(gap)
     uris = [gap] if isinstance(gap, str) else gap
     places = [arrow_filesystem(uri) for uri in uris]
-    return ray.data.read_parquet([path for _, path in places], filesystem=places[0][0], num_cpus=HALF_A_CPU)
+    return ray.data.read_parquet(
+        [path for _, path in places],
+        filesystem=places[0][0],
+        partitioning=None,  # a folder named `a=b` is no column
+        num_cpus=HALF_A_CPU,
+    )
 
 
 @contextlib.contextmanager

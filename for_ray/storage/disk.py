@@ -131,7 +131,7 @@ def read_bytes(path: Path, etag: str | None, start: int, length: int | None, max
             file.seek(start)
             return _read(file.fileno(), length)
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise ObjectGone(f"{shown(str(path))} is not there any more") from error
+        raise ObjectGone(f"{shown(str(path))} is not there") from error
     except OSError as error:
         refusal = disk_refusal(error, "read", str(path))
         if error.errno in (errno.EACCES, errno.EPERM, errno.EIO):

@@ -202,7 +202,7 @@ def _raise_if_data(uri: str, error: ClientError) -> None:
     if code in _MOVED:
         raise ObjectChanged(f"{shown(uri)} has changed since it was listed; run again") from error
     if code in _GONE:
-        raise ObjectGone(f"{shown(uri)} is not there any more") from error
+        raise ObjectGone(f"{shown(uri)} is not there") from error
     if code in ("InvalidRange", "416"):
         raise DataError(f"{shown(uri)} is shorter than its listing says") from error
     if code == "InvalidObjectState":

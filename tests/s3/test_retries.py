@@ -112,7 +112,7 @@ def test_lasting_trouble_ends_with_one_line(store, trouble, reason):
         ("507 InsufficientStorage", StorageError, "the store is full"),
         ("418 Teapot", StorageError, r"the store at http://127\S+ answered Teapot: scripted"),
         ("403 InvalidObjectState", DataError, r"is archived \(Glacier\); restore it first"),
-        ("404 NoSuchKey", DataError, "is not there any more"),
+        ("404 NoSuchKey", DataError, "is not there"),
         ("412 PreconditionFailed", DataError, "has changed since it was listed"),
     ],
 )

@@ -136,6 +136,15 @@ def test_state_is_what_a_diff_needs(images):
     assert state["_rowid"] == [0, 1, 2, 3, 4, 5]
 
 
+def test_state_since_a_version_is_that_of_what_was_appended(images):
+    assert list(table.scan_state(images, since=images)) == []
+    table.delete_images(images, np.array([0]))
+    part = rows("ab", counts=[0, 0])
+    later = table.append(table.open_table(images.uri), table.write_fragments(part, images.uri))
+    state = pa.Table.from_batches(table.scan_state(later, since=images)).to_pydict()
+    assert (state["uri"], state["_rowid"]) == (["a", "b"], [6, 7])
+
+
 def test_causes_are_counted_without_their_numbers(images):
     errors = {"g": "broken JPEG: y (2)", "h": "too many pixels: 9×9", "i": "the file is empty"}
     part = rows("ghi", counts=[0, 0, 0], errors=errors)
