@@ -96,9 +96,18 @@ def test_a_merged_segment_answers_exactly_as_its_parts(images, dead, build, make
     assert [path.read_bytes() for path in parts] == before
 
 
-@pytest.mark.parametrize("codec", ["IVF8,Flat", "IVF8,SQ8", "HR,IVF8,RaBitQ4", "HR,IVF8_HNSW32,RaBitQ4"])
+@pytest.mark.parametrize(
+    "codec",
+    [
+        "IVF8,Flat",
+        "IVF8,SQ8",
+        "HR,IVF8,RaBitQ4",
+        "HR,IVF8_HNSW32,RaBitQ4",
+        "RR16,IVF8,RaBitQ4",
+        "PCA8,IVF8,RaBitQ4",
+    ],
+)
 def test_merging_gives_the_file_that_building_at_once_gives(images, dead, build, codec, tmp_path):
-    """Of codecs that give a vector the same code in every batch (a rotation's matrix product does not)."""
     built = build(images, codec, cuts=CUTS)
     left = images.take(np.setdiff1d(images.image_ids, dead))
     whole = build_segment(
