@@ -17,10 +17,8 @@ from __future__ import annotations
 import copy
 import hashlib
 import math
-import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -37,6 +35,7 @@ from for_ray.model.objectives import num_workers
 from for_ray.model.pooling import make_pooling
 from for_ray.model.towers import build_clip
 from for_ray.model.trainer import HaltedError, Trainer
+from for_ray.storage import temporary_folder
 
 Recipe = Literal["gpr", "realign", "mcip"]
 
@@ -403,8 +402,8 @@ def save_tuned(
         "tuned_pooling": False,
         "recipes": ",".join([*(bundle.config.recipes or "").split(","), recipe]).strip(","),
     }
-    with tempfile.TemporaryDirectory(prefix="for-ray-") as folder:
-        path = Path(folder) / "weights.safetensors"
+    with temporary_folder() as folder:
+        path = folder / "weights.safetensors"
         path.write_bytes(content)
         Bundle(bundle.config.model_copy(update=changes), model_config, str(path)).save(uri)
     return open_bundle(uri)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import tempfile
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from for_ray.model.bundle import Bundle, check, open_bundle
 from for_ray.model.encoder_config import POOLING_PREFIX
+from for_ray.storage import temporary_folder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -86,8 +85,8 @@ def save_trained(bundle: Bundle, state: dict[str, Tensor], uri: str, *, name: st
     from safetensors.torch import save
 
     content = save(state)
-    with tempfile.TemporaryDirectory(prefix="for-ray-") as folder:
-        path = Path(folder) / "head.safetensors"
+    with temporary_folder() as folder:
+        path = folder / "head.safetensors"
         path.write_bytes(content)
         changes = {
             "head_sha256": hashlib.sha256(content).hexdigest(),

@@ -9,9 +9,7 @@ All that can be refused is refused before a cluster is started, and nothing is w
 from __future__ import annotations
 
 import contextlib
-import tempfile
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
@@ -32,7 +30,15 @@ from for_ray.stages.failures import failures
 from for_ray.stages.progress import Progress
 from for_ray.stages.ranges import RangeJob
 from for_ray.stages.results import Evaluation, Method
-from for_ray.storage import canonical_uri, check_writable, is_s3, local_path, shown, write_bytes
+from for_ray.storage import (
+    canonical_uri,
+    check_writable,
+    is_s3,
+    local_path,
+    shown,
+    temporary_folder,
+    write_bytes,
+)
 
 # Ray and torch take seconds to import: what is wrong with the settings or the data is said before.
 if TYPE_CHECKING:
@@ -242,11 +248,11 @@ class _IndexRun:
         from for_ray.stages.rank import rank_by_index, rank_exactly
 
         with (
-            tempfile.TemporaryDirectory(prefix="for-ray-") as folder,
+            temporary_folder() as folder,
             self._progress.stage("search", total=len(queries), unit="queries") as update,
         ):
             found = rank_by_index(
-                job, snapshot, queries, members, depth=DEPTH, cache_path=Path(folder), on_progress=update
+                job, snapshot, queries, members, depth=DEPTH, cache_path=folder, on_progress=update
             )
         with failures("exact"), self._progress.stage("exact", unit="queries") as update:
             exact = rank_exactly(self._cluster, job, queries, members, depth=DEPTH)

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import secrets
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +37,7 @@ from for_ray.stages.listing import Listing, write_listing
 from for_ray.stages.progress import Progress
 from for_ray.stages.report import IndexSummary
 from for_ray.stages.sweep import finish_removals, is_removed
-from for_ray.storage import Lease, canonical_uri, check_writable, exists, join_uri
+from for_ray.storage import Lease, canonical_uri, check_writable, exists, join_uri, temporary_folder
 
 
 def run_index(settings: IndexSettings, *, progress: Progress) -> IndexSummary:
@@ -54,8 +53,8 @@ def run_index(settings: IndexSettings, *, progress: Progress) -> IndexSummary:
         StorageError: The store refused; nothing was written.
         StageError: A stage failed after the first write. What was committed stays; nothing was published.
     """
-    with tempfile.TemporaryDirectory(prefix="for-ray-") as folder:
-        run = _Run(settings, progress, Path(folder))
+    with temporary_folder() as folder:
+        run = _Run(settings, progress, folder)
         if settings.dry_run:
             return run.look()
         try:

@@ -15,7 +15,6 @@ import datetime
 import hashlib
 import itertools
 import secrets
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from functools import cached_property
@@ -50,6 +49,7 @@ from for_ray.storage import (
     exists,
     join_uri,
     shown,
+    temporary_folder,
     upload,
     write_bytes,
 )
@@ -72,8 +72,8 @@ def run_label(settings: LabelSettings, *, progress: Progress) -> LabelSummary:
         StorageError: The store refused; nothing was written.
         StageError: A stage failed after the first write. What was committed stays.
     """
-    with tempfile.TemporaryDirectory(prefix="for-ray-") as folder:
-        run = _Run(settings, progress, Path(folder))
+    with temporary_folder() as folder:
+        run = _Run(settings, progress, folder)
         return run.look() if settings.dry_run else run.close_gap()
 
 

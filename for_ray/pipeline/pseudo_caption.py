@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +35,7 @@ from for_ray.stages.caption_table import (
 from for_ray.stages.cluster import Cluster
 from for_ray.stages.failures import failures
 from for_ray.stages.progress import Progress
-from for_ray.storage import canonical_uri, check_writable, exists, join_uri, shown
+from for_ray.storage import canonical_uri, check_writable, exists, join_uri, shown, temporary_folder
 
 if TYPE_CHECKING:
     from for_ray.evaluation.similarity import VectorSets
@@ -59,7 +58,7 @@ def run_pseudo_caption(settings: PseudoCaptionSettings, *, progress: Progress) -
         StageError: Too many images are unreadable; nothing was written.
     """
     with contextlib.ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="for-ray-")))
+        folder = stack.enter_context(temporary_folder())
         return _Run(settings, Cluster(stack), progress, folder).run()
 
 

@@ -8,8 +8,6 @@ from __future__ import annotations
 import contextlib
 import datetime
 import re
-import tempfile
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,7 +23,7 @@ from for_ray.stages.progress import Progress
 from for_ray.stages.report import print_problems, print_quarantine, print_snapshots
 from for_ray.stages.run_report import sweep_reports
 from for_ray.stages.sweep import is_due, sweep
-from for_ray.storage import Lease, canonical_uri, list_objects, stat
+from for_ray.storage import Lease, canonical_uri, list_objects, stat, temporary_folder
 
 _BUNDLE = re.compile(r".*/encoder-(?P<fingerprint>[0-9a-f]+)/bundle/encoder\.toml")
 
@@ -129,7 +127,7 @@ def _verify(layout: Layout, settings: IndexSettings, progress: Progress) -> None
     snapshot = snapshots.latest(layout)
     with (
         contextlib.ExitStack() as stack,
-        tempfile.TemporaryDirectory(prefix="for-ray-") as folder,
+        temporary_folder() as folder,
         progress.stage("verify") as update,
     ):
         problems = audit_index(
@@ -137,7 +135,7 @@ def _verify(layout: Layout, settings: IndexSettings, progress: Progress) -> None
             snapshot,
             cluster=Cluster(stack),
             queries=_queries(layout, snapshot),
-            cache_path=Path(folder),
+            cache_path=folder,
             on_progress=update,
             on_note=progress.say,
         )

@@ -37,7 +37,7 @@ from for_ray.stages.cluster import Cluster
 from for_ray.stages.failures import failures
 from for_ray.stages.ranges import RangeJob
 from for_ray.stages.verify import SAMPLED_VECTORS, measure_recall
-from for_ray.storage import shown
+from for_ray.storage import shown, temporary_folder
 
 IMAGES_A_RANGE = 50_000
 """Image ids that one task looks at where no segment says how many."""
@@ -242,8 +242,8 @@ def _tolerance(segments: Sequence[Segment]) -> float:
 
 
 def _audit_range(job: AuditJob, part: AuditRange, deleted: NDArray[np.int64]) -> RangeAudit:
-    with tempfile.TemporaryDirectory(prefix="for-ray-") as folder:
-        return audit_range(job, part, deleted=deleted, folder=Path(folder))
+    with temporary_folder() as folder:
+        return audit_range(job, part, deleted=deleted, folder=folder)
 
 
 def _check_bundle(layout: Layout, fingerprint: str, folder: Path) -> None:

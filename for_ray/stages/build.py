@@ -7,9 +7,7 @@ that dies is gone on from.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,7 +26,7 @@ from for_ray.schema import Codec, Segment, Snapshot
 from for_ray.stages.built import Built, collect, draft_of
 from for_ray.stages.cluster import Cluster
 from for_ray.stages.ranges import RangeJob
-from for_ray.storage import local_copy, upload, write_bytes
+from for_ray.storage import local_copy, temporary_folder, upload, write_bytes
 
 SLOTS_OF_AN_IMAGE = 16
 """Vectors that one image gives to the codec's training sample: enough of its slots to see them all over many
@@ -313,8 +311,8 @@ def _build(job: RangeJob, codec: Codec, first: int, end: int, threads: int) -> d
             yield batch.vector_ids, batch.vectors
 
     codec_path = local_copy(job.layout.segment_uri(job.fingerprint, codec.file_name), sha256=codec.sha256)
-    with tempfile.TemporaryDirectory(prefix="for-ray-") as folder:
-        built = build_segment(codec_path, batches(), Path(folder) / name, threads=threads)
+    with temporary_folder() as folder:
+        built = build_segment(codec_path, batches(), folder / name, threads=threads)
         num_held = count_held(table, first, end).num_vectors
         if not built.num_vectors == num_read == num_held:
             message = (

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -31,7 +30,7 @@ from for_ray.stages.tower_job import TowerJob
 from for_ray.stages.tower_run import TowerRun
 from for_ray.stages.training_job import FinetuneJob
 from for_ray.stages.training_run import TrainingRun
-from for_ray.storage import arrow_filesystem
+from for_ray.storage import arrow_filesystem, temporary_folder
 
 WORKER_RESTARTS = 3
 """How often the workers are started again after one died: a lost node, a killed process."""
@@ -154,8 +153,8 @@ def _report(run: TrainingRun | TowerRun, metrics: EpochMetrics, rank: int) -> No
     if rank != 0:
         ray.train.report(told)
         return
-    with tempfile.TemporaryDirectory(prefix="for-ray-") as folder:
-        torch.save(run.state(), Path(folder) / CHECKPOINT_FILE)
+    with temporary_folder() as folder:
+        torch.save(run.state(), folder / CHECKPOINT_FILE)
         ray.train.report(told, checkpoint=Checkpoint.from_directory(folder))
 
 

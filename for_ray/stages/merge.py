@@ -10,7 +10,6 @@ a build may hold since searches fetch segments whole, and the task needs disk fo
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -29,7 +28,7 @@ from for_ray.schema import Segment
 from for_ray.stages.built import Built, collect, draft_of
 from for_ray.stages.cluster import Cluster
 from for_ray.stages.ranges import RangeJob
-from for_ray.storage import local_copy, upload
+from for_ray.storage import local_copy, temporary_folder, upload
 
 TASK_RETRIES = 3
 
@@ -89,16 +88,16 @@ def _merge(job: RangeJob, run: list[Segment], dead_image_ids: NDArray[np.int64])
     # Both ends: the first part may be of this run, too, and then has its name from the first.
     name = f"segment-{job.run_id}-{first:012d}-{end:012d}.faiss"
     with (
-        tempfile.TemporaryDirectory(prefix="for-ray-") as folder,
+        temporary_folder() as folder,
         ThreadPoolExecutor(NUM_FETCHERS) as fetchers,
     ):
 
         def fetch(segment: Segment) -> Path:
             uri = job.layout.segment_uri(job.fingerprint, segment.file_name)
-            return local_copy(uri, sha256=segment.sha256, cache_path=Path(folder) / "parts")
+            return local_copy(uri, sha256=segment.sha256, cache_path=folder / "parts")
 
         paths = list(fetchers.map(fetch, run))
-        merged = merge_segments(paths, Path(folder) / name, dead_image_ids=dead_image_ids)
+        merged = merge_segments(paths, folder / name, dead_image_ids=dead_image_ids)
         num_live = sum(segment.num_live for segment in run)
         if merged.num_vectors != num_live:
             message = f"{name} holds {merged.num_vectors} vectors, its parts have {num_live} live ones"

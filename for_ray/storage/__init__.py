@@ -27,6 +27,7 @@ from for_ray.storage.ranged import RangedReader
 from for_ray.storage.refusals import ConditionFailed, ObjectChanged, ObjectDenied, ObjectGone
 from for_ray.storage.spill import Spill
 from for_ray.storage.tars import find_image, list_members, read_image
+from for_ray.storage.temporary import temporary_folder
 from for_ray.storage.uris import canonical_uri, is_s3, join_uri, local_path, shown, split_s3
 
 __all__ = [
@@ -61,6 +62,7 @@ __all__ = [
     "shown",
     "split_s3",
     "stat",
+    "temporary_folder",
     "upload",
     "write_bytes",
 ]
