@@ -21,7 +21,7 @@ from for_ray.model.heads import ClipHead, ClusterHead, DenseHead, Head
 from for_ray.model.pooling import Pooling, make_pooling
 from for_ray.model.preprocess import decode
 from for_ray.model.sum_clip import SumHead
-from for_ray.model.text import embed_names, make_tokenizer
+from for_ray.model.text import context_length_of, embed_names, fill, is_cut, make_tokenizer
 from for_ray.model.towers import build_clip
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ class Encoder(nn.Module):
         self.head = head
         self.clip = clip
         self._dtype = dtype
-        self._tokenize: Callable[[list[str]], Tensor] | None = None
+        self._tokenize: Callable[..., Tensor] | None = None
         for name, values in (("mean", bundle.config.mean), ("std", bundle.config.std)):
             self.register_buffer(name, 255 * torch.tensor(values).view(1, 3, 1, 1), persistent=False)
 
@@ -173,14 +173,31 @@ class Encoder(nn.Module):
         return np.concatenate(parts)
 
     def tokenize(self, texts: Sequence[str]) -> Tensor:
-        """Token ids [n, L] on the CPU.
+        """Token ids [n, L] on the CPU; what is too long is cut off.
 
         Raises:
             ConfigError: The tokenizer can't be had.
         """
+        return self._tokenizer()(list(texts))
+
+    @property
+    def context_length(self) -> int:
+        """L, the tokens of a text that the text tower reads."""
+        return context_length_of(self.bundle.model_config["text_cfg"])
+
+    def reads_whole(self, name: str) -> bool:
+        """Whether the text tower reads a name to its end, in all of the bundle's prompts.
+
+        Raises:
+            ConfigError: The name is empty, or the tokenizer can't be had.
+        """
+        texts = fill(self.bundle.config.prompts, name)
+        return not is_cut(texts, self._tokenizer(), context_length=self.context_length)
+
+    def _tokenizer(self) -> Callable[..., Tensor]:
         if self._tokenize is None:
             self._tokenize = make_tokenizer(self.bundle.model_config["text_cfg"], self.bundle.name)
-        return self._tokenize(list(texts))
+        return self._tokenize
 
     def embed_image(self, image: bytes) -> NDArray[np.float32]:
         """A picture as the index would store it: its distinct slots as unit vectors [n, D], 1 <= n <= N.

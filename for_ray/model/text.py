@@ -83,8 +83,26 @@ def embed_names(
     return functional.normalize(torch.cat(means), dim=-1)
 
 
-def make_tokenizer(text_config: dict[str, object], model_name: str) -> Callable[[list[str]], Tensor]:
-    """The tokenizer that belongs to a text tower.
+def context_length_of(text_config: dict[str, object]) -> int:
+    """Tokens that a text tower reads, by `text_cfg` of the model config."""
+    return int(str(text_config.get("context_length", 77)))
+
+
+def is_cut(texts: Sequence[str], tokenize: Callable[..., Tensor], *, context_length: int) -> bool:
+    """Whether a tokenizer cuts one of the texts off, so that nobody reads its end.
+
+    Args:
+        texts: As the tower is given them.
+        tokenize: From `make_tokenizer`.
+        context_length: Tokens that the tower reads.
+    """
+    tokens = tokenize([*texts, ""], context_length=2 * context_length)  # [n + 1, 2·L]
+    first_unread = tokens[:, context_length]
+    return bool((first_unread[:-1] != first_unread[-1]).any())  # of the empty text it is padding
+
+
+def make_tokenizer(text_config: dict[str, object], model_name: str) -> Callable[..., Tensor]:
+    """The tokenizer that belongs to a text tower: texts [n] to token ids [n, L], or `context_length` others.
 
     Args:
         text_config: `text_cfg` of the model config.
@@ -96,7 +114,7 @@ def make_tokenizer(text_config: dict[str, object], model_name: str) -> Callable[
     from open_clip import SimpleTokenizer
     from open_clip.tokenizer import HFTokenizer
 
-    context_length = int(str(text_config.get("context_length", 77)))
+    context_length = context_length_of(text_config)
     hub_name = text_config.get("hf_tokenizer_name")
     options = dict(text_config.get("tokenizer_kwargs") or {})  # type: ignore[call-overload]
     if not hub_name:

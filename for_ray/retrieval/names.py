@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from for_ray.errors import ConfigError
+from for_ray.retrieval.question import shortened
+
 if TYPE_CHECKING:
     from for_ray.model.encoder import Encoder
 
@@ -39,14 +42,15 @@ class Kept(Generic[Key, Value]):
         return len(self._values)
 
     def get(self, key: Key, make: Callable[[], Value]) -> Value:
-        """The value of a key; made where it is not held, outside of the lock."""
+        """The value of a key, the very same for as long as it is held; made outside of the lock."""
         with self._lock:
             if key in self._values:
                 self._values.move_to_end(key)
                 return self._values[key]
         value = make()
         with self._lock:
-            self._values[key] = value
+            value = self._values.setdefault(key, value)  # another thread may have made it too
+            self._values.move_to_end(key)
             while len(self._values) > self._most:
                 self._values.popitem(last=False)
         return value
@@ -77,9 +81,16 @@ class NameVectors:
         """Unit vectors [n, D] of the names, in their order.
 
         Raises:
-            ConfigError: A name is empty, or the tokenizer can't be had.
+            ConfigError: A name is empty or longer than the text tower reads, or the tokenizer can't be had.
         """
         return np.stack([self._vector(name) for name in names])
 
     def _vector(self, name: str) -> NDArray[np.float32]:
-        return self._vectors.get(name, lambda: np.asarray(self.encoder.embed_text([name])[0], np.float32))
+        return self._vectors.get(name, lambda: self._embed(name))
+
+    def _embed(self, name: str) -> NDArray[np.float32]:
+        if not self.encoder.reads_whole(name):
+            most = self.encoder.context_length
+            found = f"the name {shortened(name, 60)!r} is longer than the encoder reads"
+            raise ConfigError(f"{found} ({most} tokens, those of its prompts among them): use fewer words")
+        return np.asarray(self.encoder.embed_text([name])[0], np.float32)

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from for_ray.errors import ConfigError
-from for_ray.model.text import SEVEN_PROMPTS, embed_names, fill, make_tokenizer
+from for_ray.model.text import SEVEN_PROMPTS, embed_names, fill, is_cut, make_tokenizer
 
 TABLE = torch.randn(1000, 6, generator=torch.Generator().manual_seed(0))
 
@@ -64,6 +64,23 @@ def test_the_standard_tokenizer_has_the_towers_length_and_cuts_what_is_longer() 
     tokens = make_tokenizer({"context_length": 24}, "tiny")(["dog " * 100, "dog"])
     assert tokens.shape == (2, 24)
     assert tokens[0, -1] == tokens[1].max()  # the end mark stays
+
+
+def test_a_text_is_cut_where_the_last_of_its_tokens_has_no_place() -> None:
+    cutting = make_tokenizer({"context_length": 8}, "tiny")
+    assert not is_cut(["dog", " ".join(6 * ["dog"]), ""], cutting, context_length=8)
+    for count in (7, 14, 15, 400):
+        assert is_cut(["dog", " ".join(count * ["dog"])], cutting, context_length=8)
+
+
+def test_a_text_is_cut_too_where_padding_and_the_end_are_one_token() -> None:
+    def pad_with_ends(texts: list[str], context_length: int) -> Tensor:
+        counts = [min(len(text.split()), context_length - 1) for text in texts]
+        return torch.tensor([[2] * count + [1] * (context_length - count) for count in counts])
+
+    assert not is_cut(["dog dog dog"], pad_with_ends, context_length=4)
+    assert is_cut(["dog dog dog dog dog"], pad_with_ends, context_length=4)
+    assert is_cut([50 * "dog "], pad_with_ends, context_length=4)
 
 
 def test_a_tokenizer_on_the_hub_is_refused_offline(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,9 +9,10 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
+from for_ray.errors import ConfigError
 from for_ray.model.bundle import Bundle
 from for_ray.model.encoder import Encoder, load_encoder
-from for_ray.retrieval.names import NameVectors
+from for_ray.retrieval.names import Kept, NameVectors
 from for_ray.retrieval.queries import PictureError, picture_query
 
 
@@ -20,6 +21,9 @@ class Tower:
 
     def __init__(self) -> None:
         self.asked: list[list[str]] = []
+
+    def reads_whole(self, name: str) -> bool:
+        return True
 
     def embed_text(self, names: Sequence[str]) -> NDArray[np.float32]:
         self.asked.append(list(names))
@@ -89,6 +93,39 @@ def test_vectors_are_the_text_towers(encoder: Encoder) -> None:
     # To the last bit the same, whatever a name is asked with.
     np.testing.assert_array_equal(NameVectors(encoder).embed(names[::-1])[::-1], found)
     np.testing.assert_array_equal(NameVectors(encoder).embed(names[1:2]), found[1:2])
+
+
+def test_a_name_that_the_tower_would_cut_off_is_refused(encoder: Encoder) -> None:
+    """Of 77 tokens one begins and one ends a text; "a photo of the large {}." has six besides the name."""
+    longest = " ".join(69 * ["dog"])
+    texts = NameVectors(encoder)
+    assert texts.embed([longest, "dog"]).shape == (2, 16)
+    for name in (f"{longest} dog", 160 * "woof! "):
+        with pytest.raises(ConfigError) as refused:
+            texts.embed([name])
+        assert str(refused.value).startswith(f"the name '{name[:60]}…' is longer than the encoder reads (77 ")
+        assert "\n" not in str(refused.value)
+    assert len(texts) == 2
+    # Cut off, other names would be one and the same.
+    cat, bird = encoder.embed_text([f"{longest} dog dog dog dog dog {name}" for name in ("cat", "bird")])
+    np.testing.assert_array_equal(cat, bird)
+
+
+def test_what_threads_made_at_once_is_one(encoder: Encoder) -> None:
+    kept: Kept[str, object] = Kept(2)
+    both = threading.Barrier(2)
+    got: list[object] = []
+
+    def make() -> object:
+        both.wait(10)
+        return object()
+
+    threads = [threading.Thread(target=lambda: got.append(kept.get("a", make))) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert got[0] is got[1] is kept.get("a", object)
 
 
 def test_threads_may_share_it(encoder: Encoder) -> None:
