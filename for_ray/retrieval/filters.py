@@ -25,6 +25,8 @@ MAX_REASON_LETTERS = 200
 
 # What is passed over where parentheses are counted: text, names, comments.
 _UNREAD = re.compile(r"'[^']*'|\"[^\"]*\"|`[^`]*`|--[^\n]*|/\*.*?\*/", re.DOTALL)
+# Lance compares a column of whole numbers with those alone that its type can hold.
+_NO_WHOLE_NUMBER = re.compile(r"Received literal (?:Float|U?Int)\d+\((\S+)\) .* of type '(U?Int\d+)'")
 _OWN_COLUMNS = frozenset({"vectors", "boxes", "error"})  # of no use in a filter
 
 
@@ -147,8 +149,15 @@ def _misunderstandings(images: Any, named: str) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        reason = " ".join(str(error).split(", /")[0].split())
-        reason = reason.split(" Valid fields are")[0].removeprefix("Invalid user input: ").rstrip(".")
-        reason = shortened(reason, MAX_REASON_LETTERS)
+        reason = shortened(_reason(str(error)), MAX_REASON_LETTERS)
         columns = ", ".join(columns_of(images))
         raise ConfigError(f"{named} is not understood: {reason}; columns: {columns}") from error
+
+
+def _reason(said: str) -> str:
+    """What Lance says, in one line and without what people have no use for."""
+    reason = " ".join(said.split(", /")[0].split())
+    if number := _NO_WHOLE_NUMBER.search(reason):
+        found = f"{number[1]} is compared with a column of whole numbers ({number[2]}) that cannot hold it"
+        return f"{found}: write whole numbers, without exponent or point"
+    return reason.split(" Valid fields are")[0].removeprefix("Invalid user input: ").rstrip(".")

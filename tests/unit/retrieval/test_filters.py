@@ -12,6 +12,7 @@ from for_ray.errors import ConfigError
 from for_ray.retrieval import Filters
 from for_ray.retrieval.filters import filtered_ids, pattern_of
 
+WHOLE = ["(Int32)", "write whole numbers, without exponent or point; columns: uri"]
 URIS = [
     "/a/b/1.jpg", "/a/b/2.png", "/a/bc/3.jpg", "/a/b%c/4.jpg", "s3://x/it's.jpg", "/a/line\nbreak.jpg",
     "/a/[x].jpg", "/a/B/ü.jpg",
@@ -84,6 +85,12 @@ def test_no_filter_and_a_relative_folder(
     [
         (Filters(where="kamera = 1"), ["kamera = 1", "No field named kamera", "columns: uri, camera, split"]),
         (Filters(where="camera = 'x'"), ["camera = 'x'", "Utf8", "columns: uri, camera, split"]),
+        (Filters(where="camera > 1e12"), ["camera > 1e12", "1000000000000 is compared", *WHOLE]),
+        (Filters(where="split = 'val' AND camera < 2.5"), ["2.5 is compared", *WHOLE]),
+        (
+            Filters(where="camera = 99999999999", under="/a"),
+            ["camera = 99999999999", "99999999999 is", *WHOLE],
+        ),
         (Filters(where="camera ="), ["camera =", "Expected"]),
         (Filters(where="camera"), ["does not return a boolean"]),
         (Filters(where="camera = 1) OR (camera = 2"), ["camera = 1) OR", "closed that was never opened"]),
