@@ -27,7 +27,8 @@ class SearchSettings(Settings):
     )
     region: str | None = Field(
         None,
-        description="of --image, the object in this box: x0,y0,x1,y1 as fractions of width and height",
+        description="of --image, or of the image that --like IMAGE_ID names, the object in this box: "
+        "x0,y0,x1,y1 as fractions of width and height",
     )
     like: str | None = Field(
         None,
@@ -88,8 +89,10 @@ class SearchSettings(Settings):
     def _asks_one_thing(self) -> SearchSettings:
         if sum(each is not None for each in (self.query, self.image, self.like)) != 1:
             raise ValueError("give either words to look for or --image FILE or --like IMAGE_ID:SLOT")
-        if self.region is not None and self.image is None:
-            raise ValueError("--region is one of a picture: give --image FILE too")
+        if self.region is not None and self.query is not None:
+            raise ValueError(
+                "--region is one of a picture: give --image FILE or --like IMAGE_ID, and no words"
+            )
         return self
 
     @model_validator(mode="after")

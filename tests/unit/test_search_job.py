@@ -146,6 +146,9 @@ def test_filters_regions_and_objects(
     assert none.err == "no image of snapshot 1 passes the filter: where size_bytes > 5\n"
     like = json.loads(run("--index", index.uri, "--like", "1:1", "--json", "--top", 1).out)
     assert [(row["image_id"], row["slot"]) for row in like] == [(1, 1)]
+    for region, slot in (("0,0,1,1", 0), ("0.25,0.4,0.6,0.8", 1)):  # the boxes of each image's slots
+        of_image = run("--index", index.uri, "--like", "1", "--region", region, "--json")
+        assert of_image.out == run("--index", index.uri, "--like", f"1:{slot}", "--json").out != ""
     example = folder / NAMES[0]
     region = run("--index", index.uri, "--image", example, "--region", "0,0,0.5,0.5", "--json", "--top", 2)
     hits = retrieval.open_index(index.uri).ask(
@@ -227,7 +230,11 @@ def test_hits_are_printed_before_the_sheet_fails(
         (["--index", "{index}", "a dog", "--like", "1:0"], ["words", "--like"]),
         (["--index", "{index}", "--like", "1:7"], ["slots 0 to 1", "got 7"]),
         (["--index", "{index}", "--like", "a"], ["IMAGE_ID:SLOT"]),
-        (["--index", "{index}", "a dog", "--region", "0,0,1,1"], ["--region", "--image"]),
+        (["--index", "{index}", "a dog", "--region", "0,0,1,1"], ["--region", "--image", "--like IMAGE_ID"]),
+        (["--index", "{index}", "--like", "1:1", "--region", "0,0,1,1"], ["IMAGE_ID alone"]),
+        (["--index", "{index}", "--like", "1", "--region", "0,0,1"], ["x0,y0,x1,y1", "'0,0,1'"]),
+        (["--index", "{index}", "a dog", "--filter", "size_bytes > 1e12"], ["1e12", "write whole numbers"]),
+        (["--index", "{index}", "woof " * 160], ["'woof woof", "77 tokens"]),
         (["--index", "{index}", "--image", "{image}", "--region", "0,0,1"], ["x0,y0,x1,y1", "'0,0,1'"]),
         (["--index", "{index}", "--image", "{image}", "--region", "0,1,1,0"], ["x0,y0,x1,y1", "'0,1,1,0'"]),
         (["--index", "{index}", "a dog", "--filter", "kamera = 2"], ["kamera", "columns: uri, etag"]),
