@@ -25,9 +25,9 @@ def _serve(settings: ServeSettings) -> None:
 def _serve_until_interrupted(settings: ServeSettings) -> None:
     from for_ray.serving import deployment, local  # slow to import: --help and wrong settings don't wait
     from for_ray.serving.opening import Served
-    from for_ray.serving.service import MEGABYTE, Limits
+    from for_ray.serving.service import Limits
 
-    limits = Limits(int(settings.max_body_mb * MEGABYTE), settings.requests_per_second)
+    limits = Limits(settings.max_body_bytes, settings.requests_per_second, settings.max_looked_at)
     served = Served(
         settings.index,
         encoder=settings.encoder,

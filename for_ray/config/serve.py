@@ -79,6 +79,12 @@ class ServeSettings(Settings):
     requests_per_second: float = Field(
         50.0, ge=0.0, description="of one client address and replica, on average; 0: as many as come"
     )
+    max_looked_at: int = Field(
+        100_000,
+        ge=2000,
+        description="images whose vectors one question reads at most, where few answer its AND and NOT: then "
+        "the answer is what was found, and says so",
+    )
     cache: Path | None = Field(
         None, description="where segments of a bucket are kept on disk; default: the user's cache folder"
     )
@@ -88,6 +94,11 @@ class ServeSettings(Settings):
     def most_replicas(self) -> int:
         """`max_replicas` with its default."""
         return self.replicas if self.max_replicas is None else self.max_replicas
+
+    @property
+    def max_body_bytes(self) -> int:
+        """`max_body_mb` in bytes."""
+        return int(self.max_body_mb * 1_000_000)
 
     @property
     def is_loopback(self) -> bool:

@@ -13,6 +13,7 @@ approximations, so as many candidates as in `search` are looked at in any case.
 from __future__ import annotations
 
 import itertools
+import sys
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -85,8 +86,9 @@ def search_clauses(
     limits: NDArray[np.floating],
     exclude_image_ids: NDArray[np.int64] | None = None,
     only_image_ids: NDArray[np.int64] | None = None,
+    max_looked_at: int = sys.maxsize,
 ) -> Matches:
-    """The k best images: k distinct ones, or all that answer the question.
+    """The k best images: k distinct ones, or all that answer the question, unless `max_looked_at` ends it.
 
     Args:
         segments: What is searched.
@@ -98,6 +100,8 @@ def search_clauses(
         exclude_image_ids: Sorted; images that are never found.
         only_image_ids: Sorted and distinct; no other images are found; few of them are all scored, without
             the index.
+        max_looked_at: Images scored at most, but as many as k images need in any case; where it ends the
+            search, others may answer too.
 
     Raises:
         ValueError: k is below 1, there is no clause, one wants nothing, or shapes are wrong.
@@ -106,21 +110,23 @@ def search_clauses(
     _check(terms, clauses, k, limits)
     judge = _Judge(terms, clauses, limits, objects, k)
     wanted, nprobe = num_candidates(k), segments.nprobe
+    most = max(wanted, FEW_IMAGES, max_looked_at)
     allowed = None if only_image_ids is None else allowed_ids(only_image_ids, exclude_image_ids)
     if allowed is not None and len(allowed) <= max(FEW_IMAGES, wanted):
-        judge.score(allowed)
+        judge.score(allowed, most)
         return judge.matches(is_exhaustive=True, is_proven=True)
     fetch = HITS_PER_IMAGE * wanted
     filters = {"exclude_image_ids": exclude_image_ids, "only_image_ids": only_image_ids}
     while True:
         hits = segments.search(terms[judge.wanted], fetch, nprobe=nprobe, **filters)
         is_drained = hits.scores.shape[1] < fetch  # nothing is left in these lists
-        judge.score(np.unique(image_ids_of(hits.vector_ids[hits.vector_ids >= 0])))
-        if is_drained and nprobe >= segments.nlist:
+        has_all = judge.score(np.unique(image_ids_of(hits.vector_ids[hits.vector_ids >= 0])), most)
+        if has_all and is_drained and nprobe >= segments.nlist:
             return judge.matches(is_exhaustive=True, is_proven=True)
         ceiling = -np.inf if is_drained else judge.ceiling(hits.scores[:, -1]) + CODE_NOISE
-        is_proven = judge.num_scored >= wanted and ceiling < judge.floor
-        if judge.is_full and (is_proven or judge.num_scored >= max(wanted, MAX_LOOKED_AT)):
+        is_proven = has_all and judge.num_scored >= wanted and ceiling < judge.floor
+        enough = max(wanted, MAX_LOOKED_AT) if judge.is_full else most
+        if is_proven or judge.num_scored >= min(enough, most):
             return judge.matches(is_exhaustive=False, is_proven=is_proven)
         fetch, nprobe = (fetch, 2 * nprobe) if is_drained else (2 * fetch, nprobe)
 
@@ -204,14 +210,16 @@ class _Judge:
         by_term = dict(zip(self.wanted, last.tolist(), strict=True))
         return float(max(min(by_term[term] for term in wanted) for wanted, _ in self._clauses))
 
-    def score(self, image_ids: NDArray[np.int64]) -> None:
-        """Score the images that were not scored before; ids are sorted."""
-        new = np.setdiff1d(image_ids, self._seen, assume_unique=True)
+    def score(self, image_ids: NDArray[np.int64], most: int) -> bool:
+        """Score the images that were not scored before, `most` in all; ids are sorted. Whether it did all."""
+        unseen = np.setdiff1d(image_ids, self._seen, assume_unique=True)
+        new = unseen[: most - len(self._seen)]
         self._seen = np.union1d(self._seen, new)
         for start in range(0, len(new), RERANK_AT_ONCE):
             found = self._objects(new[start : start + RERANK_AT_ONCE])
             if len(found.image_ids):
                 self._keep(found.image_ids, *self._score(found))
+        return len(new) == len(unseen)
 
     def matches(self, *, is_exhaustive: bool, is_proven: bool) -> Matches:
         return Matches(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -82,6 +83,7 @@ class Search:
         only: Images that may be found, ascending; None for all.
         end: Of the page before; None for the first page.
         limits: Gives the score from which an image shows an unwanted term, for each term.
+        max_looked_at: Images that are scored at most where few answer; None for all.
     """
 
     snapshot: Snapshot
@@ -93,6 +95,7 @@ class Search:
     only: NDArray[np.int64] | None
     end: PageEnd | None
     limits: Callable[[NDArray[np.float32]], NDArray[np.float64]]
+    max_looked_at: int | None = None
 
     def answer(self) -> Answer:
         """Rank as deep as the page needs."""
@@ -156,6 +159,7 @@ class Search:
             limits=self._limits_of_unwanted(),
             exclude_image_ids=excluded,
             only_image_ids=only,
+            max_looked_at=sys.maxsize if self.max_looked_at is None else self.max_looked_at,
         )
         return Ranking(*matches)
 
@@ -268,6 +272,9 @@ class Search:
             return f"no image of {snapshot} passes the filter: {filters}"
         if self.num_slots < needed:
             return f"{needed} objects are asked for, and the index has {self.num_slots} vectors an image"
+        if not (ranking.is_full or ranking.is_exhaustive):
+            ended = f"the search ended after {ranking.num_candidates:,} images, and others may answer"
+            return f"{counted}: {ended}; filter, or ask for what is less rare"
         lowest = self.question.min_score
         if lowest is not None and (ranking.scores < lowest).any():
             others = "no others score" if num_hits else "none score"

@@ -26,17 +26,18 @@ from for_ray.index.table import open_table
 from for_ray.model.bundle import Bundle, open_bundle
 from for_ray.retrieval.asking import Search, TimedSegments
 from for_ray.retrieval.filters import columns_of, filtered_ids
-from for_ray.retrieval.names import NameVectors
+from for_ray.retrieval.names import Kept, NameVectors
 from for_ray.retrieval.paging import check_page, read_token
 from for_ray.retrieval.queries import (
     check_count,
     check_question,
+    check_vector,
     like_query,
     picture_query,
     text_query,
     unwanted_limits,
 )
-from for_ray.retrieval.question import Answer, Hit, Query, Question
+from for_ray.retrieval.question import Answer, Filters, Hit, Query, Question
 from for_ray.retrieval.rows import (
     REMEDY,
     StoredImage,
@@ -52,6 +53,10 @@ from for_ray.storage.refusals import lance_refusals
 if TYPE_CHECKING:
     from for_ray.model.encoder import Encoder
 
+
+FILTERS_KEPT = 4
+"""Filters whose images are known without a look at the table, the last used ones: 8 bytes an image, and with
+them the selectors that the segments keep of them, 32 bytes an image."""
 
 IMAGES_KEPT = 10_000
 """Whose place is known without asking the table: a page of hits asks for each thumbnail again and again."""
@@ -145,6 +150,7 @@ class OpenIndex:
         self._texts = texts
         self._is_closed = False
         self._sample: ImageVectors | None = None
+        self._filtered: Kept[Filters, NDArray[np.int64] | None] = Kept(FILTERS_KEPT)
         self._lock = threading.Lock()
         self._find_image: Callable[[int], StoredImage | None] = functools.lru_cache(IMAGES_KEPT)(
             functools.partial(find_image, images)
@@ -175,6 +181,7 @@ class OpenIndex:
         self._is_closed = True
         self._segments.close()
         self._images = self._sample = self._texts = None
+        self._filtered = Kept(FILTERS_KEPT)
         self._find_image = functools.partial(find_image, None)
 
     def image(self, image_id: int) -> StoredImage | None:
@@ -190,8 +197,13 @@ class OpenIndex:
         """Columns of the table that `Filters.where` may name; those of the manifest among them."""
         return columns_of(self._images)
 
-    def ask(self, question: Question) -> Answer:
+    def ask(self, question: Question, *, max_looked_at: int | None = None) -> Answer:
         """Answer a question.
+
+        Args:
+            question: What to look for.
+            max_looked_at: Images that are scored at most where few answer what several names say; no fewer
+                than k images need, and 2,000. None looks at all, if it takes them.
 
         Returns:
             k distinct images, or all that there are; fewer, or none, with the reason.
@@ -210,7 +222,7 @@ class OpenIndex:
         started = time.perf_counter()
         query = self._query(question)
         encoded = time.perf_counter()
-        answer = self._answer(question, query)
+        answer = self._answer(question, query, max_looked_at)
         seconds = {"encode": encoded - started, **answer.seconds, "total": time.perf_counter() - started}
         return dataclasses.replace(answer, seconds=seconds)
 
@@ -219,9 +231,16 @@ class OpenIndex:
         return list(self.ask(Question(text=text, image=image, k=k)).hits)
 
     def search_vector(self, query: NDArray[np.float32], *, k: int = 50) -> list[Hit]:
-        """As `search`, for a unit vector [D] of the index's encoder."""
+        """As `search`, for a unit vector [D] of the index's encoder.
+
+        Raises:
+            ConfigError: It is none, or k is out of range.
+            DataError: The index lacks what its snapshot names.
+            StorageError: The store refused.
+        """
         check_count(k)
-        return list(self._answer(Question(k=k), Query(np.asarray(query, np.float32)[None])).hits)
+        vector = check_vector(query, dim=self.bundle.dim)
+        return list(self._answer(Question(k=k), Query(vector[None])).hits)
 
     def write_sheet(
         self,
@@ -257,12 +276,12 @@ class OpenIndex:
             return picture_query(question.image, question.region, self._names())
         return like_query(question.like or "", question.region, self._images)
 
-    def _answer(self, question: Question, query: Query) -> Answer:
+    def _answer(self, question: Question, query: Query, max_looked_at: int | None = None) -> Answer:
         end = None if question.page is None else read_token(question.page)
         if end is not None:
             check_page(end, snapshot_id=self.snapshot.snapshot_id, key=question.key)
         started = time.perf_counter()
-        only = filtered_ids(self._images, question.filters)
+        only = self._filtered_ids(question.filters)
         filtered = time.perf_counter()
         segments = TimedSegments(self._segments)
         asked = Search(
@@ -275,6 +294,7 @@ class OpenIndex:
             only=only,
             end=end,
             limits=self._limits,
+            max_looked_at=max_looked_at,
         )
         answer = asked.answer()
         searched = time.perf_counter() - filtered
@@ -285,6 +305,12 @@ class OpenIndex:
             "search": searched,
         }
         return dataclasses.replace(answer, seconds=seconds)
+
+    def _filtered_ids(self, filters: Filters) -> NDArray[np.int64] | None:
+        """The very same array each time: what the segments make of it is made once."""
+        if not filters:
+            return None
+        return self._filtered.get(filters, lambda: filtered_ids(self._images, filters))
 
     def _limits(self, terms: NDArray[np.float32]) -> NDArray[np.float64]:
         if self._sample is None:

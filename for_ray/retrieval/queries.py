@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
 
 LIMIT_SPREADS = 3.0
 """How far above the lower quartile of the index's scores the limit of a NOT lies, in spreads below it."""
+
+MAX_OFF_LENGTH = 0.01
+"""By which the length of a unit vector may differ from 1: it may have been kept as float16."""
 
 _LIKE = re.compile(r"([0-9]{1,18})(?::([0-9]{1,3}))?")
 
@@ -61,8 +65,27 @@ def check_count(k: int) -> None:
     Raises:
         ConfigError: They can't.
     """
-    if not 1 <= k <= MAX_HITS:
-        raise ConfigError(f"a search ranks 1 to {MAX_HITS:,} images, got {k:,}: ask for a number in between")
+    if not (isinstance(k, Integral) and 1 <= k <= MAX_HITS):
+        got = f"{k:,}" if isinstance(k, Real) else repr(k)
+        raise ConfigError(
+            f"a search ranks 1 to {MAX_HITS:,} images, got {got}: ask for a whole number of them"
+        )
+
+
+def check_vector(query: NDArray[np.floating], *, dim: int) -> NDArray[np.float32]:
+    """A vector to search with, as the index takes it.
+
+    Raises:
+        ConfigError: It has not the encoder's dimension, or not the length 1.
+    """
+    vector = np.asarray(query, np.float32)
+    expected = f"a search takes a unit vector of {dim:,} numbers, as the index's encoder makes them"
+    if vector.shape != (dim,):
+        raise ConfigError(f"{expected}, got the shape {list(vector.shape)}: give one of these")
+    length = float(np.linalg.norm(vector))
+    if not abs(length - 1) <= MAX_OFF_LENGTH:
+        raise ConfigError(f"{expected}, got the length {length:g}: divide it by its length")
+    return vector
 
 
 def text_query(text: str, texts: NameVectors) -> Query:

@@ -168,7 +168,8 @@ class Answer:
         num_looked_at: Images that were scored with their stored vectors.
         is_complete: Whether there are k hits.
         is_exhaustive: Whether every vector that may be found was looked at, if only by its code. An answer
-            with fewer than k hits and no `min_score`, `fold_at` or `page` always has looked at all.
+            with fewer than k hits and no `min_score`, `fold_at` or `page` always has looked at all, unless
+            who asked set a bound, and `reason` says that it was reached.
         is_proven: Whether, by the codes' scores, no other image in the lists that were looked at is better;
             in all lists where it `is_exhaustive`.
         reason: Why there are fewer than k hits, one line; None where there are k.

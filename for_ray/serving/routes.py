@@ -169,7 +169,7 @@ class Routes:
         else:
             leased = self._current.lease(wanted)
         with leased as index:
-            answer = index.ask(question)
+            answer = index.ask(question, max_looked_at=self._service.limits.max_looked_at)
         self.metrics.count_seconds(answer.seconds)
         return answer
 

@@ -21,6 +21,8 @@ class Limits:
         max_body_bytes: Of a request.
         requests_per_second: Of one client address on average, four seconds' worth at once; pictures count a
             tenth. 0 for as many as come.
+        max_looked_at: Images that one question scores at most where few answer it; what it found by then is
+            the answer, which says so.
         questions_at_once: That are answered side by side.
         questions_waiting: For their turn; the next one is refused as busy.
         uploads_at_once: Questions with a picture that are answered side by side, besides the others: each
@@ -33,6 +35,7 @@ class Limits:
 
     max_body_bytes: int = 16 * MEGABYTE
     requests_per_second: float = 50.0
+    max_looked_at: int = 100_000
     questions_at_once: int = 8
     questions_waiting: int = 64
     uploads_at_once: int = 2

@@ -197,6 +197,37 @@ def test_the_proof_ends_the_rounds_early(
     assert cut.num_candidates < 1501
 
 
+@pytest.mark.parametrize("clauses", CLAUSES, ids=str)
+def test_a_bound_holds_to_the_image(
+    indexed: Indexed, monkeypatch: pytest.MonkeyPatch, clauses: list[tuple[list[int], list[int]]]
+) -> None:
+    monkeypatch.setattr(conjunction, "FEW_IMAGES", 0)
+    monkeypatch.setattr(conjunction, "num_candidates", lambda k: 8)
+    looked_at: list[int] = []
+
+    def objects(ids: NDArray[np.int64]) -> ImageObjects:
+        looked_at.extend(ids.tolist())
+        return indexed.objects(ids)
+
+    def search(most: int) -> conjunction.Matches:
+        looked_at.clear()
+        return search_clauses(
+            indexed.segments, indexed.terms, clauses, 200, objects=objects, limits=np.full(3, np.inf),
+            max_looked_at=most,
+        )  # fmt: skip
+
+    cut = search(50)
+    assert len(looked_at) == len(set(looked_at)) == cut.num_candidates == 50
+    assert (cut.is_complete, cut.is_exhaustive, cut.is_proven) == (False, False, False)
+    exact = dict(indexed.exact(clauses, np.full(3, np.inf)))
+    found = dict(zip(cut.image_ids.tolist(), cut.scores.tolist(), strict=True))
+    assert found == {image_id: exact[image_id] for image_id in set(looked_at) & set(exact)}
+    assert search(3).num_candidates == 8
+    whole = search(10_000)
+    assert whole.is_exhaustive
+    assert len(whole.image_ids) == len(exact)
+
+
 @pytest.mark.parametrize(
     ("k", "clauses", "limits"),
     [(0, [([0], [])], 3), (1, [], 3), (1, [([], [0])], 3), (1, [([0], [])], 2)],

@@ -18,7 +18,9 @@ from for_ray.index.probe import Hits, Searchable
 from for_ray.model.bundle import Bundle
 from for_ray.model.encoder import Encoded
 from for_ray.retrieval import Answer, Filters, Hit, OpenIndex, Question, asking, open_index, paging
-from for_ray.retrieval.names import NameVectors
+from for_ray.retrieval import opened as opened_module
+from for_ray.retrieval.names import Kept, NameVectors
+from for_ray.retrieval.opened import FILTERS_KEPT
 from for_ray.retrieval.paging import read_token
 from for_ray.retrieval.queries import overlaps, unwanted_limits
 from for_ray.schema import image_ids_of
@@ -30,6 +32,9 @@ LEFT, RIGHT, WHOLE = (0.0, 0.0, 0.4, 1.0), (0.6, 0.0, 1.0, 1.0), (0.0, 0.0, 1.0,
 
 class Names:
     """Stands for the random encoder's text tower, whose names all say nearly the same: each name an axis."""
+
+    def reads_whole(self, name: str) -> bool:
+        return True
 
     def embed_text(self, names: Sequence[str]) -> NDArray[np.float32]:
         axes = {"a dog": 0, "a cat": 1}
@@ -245,6 +250,64 @@ def test_a_picture_with_a_filter(index: OpenIndex) -> None:
     assert index.ask(Question(like="0", filters=Filters(image_ids=()))).hits == ()
 
 
+def test_a_filter_is_read_once(index: OpenIndex, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pages and other questions with the same filter give the segments the very same array."""
+    read: list[Filters] = []
+    filtered_ids = opened_module.filtered_ids
+    monkeypatch.setattr(
+        opened_module, "filtered_ids", lambda images, asked: read.append(asked) or filtered_ids(images, asked)
+    )
+    given: list[object] = []
+    search_segments = index._segments.search
+    monkeypatch.setattr(
+        index._segments,
+        "search",
+        lambda *asked, **options: (
+            given.append(options["only_image_ids"]) or search_segments(*asked, **options)
+        ),
+    )
+    monkeypatch.setattr(search, "FEW_IMAGES", 0)
+    monkeypatch.setattr(search, "num_candidates", lambda k: 3)
+    monkeypatch.setattr(index, "_filtered", Kept(FILTERS_KEPT))
+    first = index.ask(Question("a dog", k=2, filters=Filters(glob="/c/*")))
+    again = index.ask(Question("a dog", k=2, filters=Filters(glob="/c/*"), page=first.next_page))
+    assert [names(answer) for answer in (first, again)] == [["23", "22"], ["21", "20"]]
+    index.ask(Question("a cat", k=2, filters=Filters(glob="/c/*")))
+    assert read == [Filters(glob="/c/*")]
+    assert len(given) >= 3
+    assert {id(ids) for ids in given} == {id(given[0])}
+    index.ask(Question("a dog", k=2))
+    assert given[-1] is None
+    others = [Filters(glob="/c/*", image_ids=tuple(range(4, 20 + each))) for each in range(FILTERS_KEPT)]
+    for filters in [*others, others[0], Filters(glob="/c/*")]:
+        index.ask(Question("a dog", k=2, filters=filters))
+    assert read == [Filters(glob="/c/*"), *others, Filters(glob="/c/*")]
+    assert len(index._filtered) == FILTERS_KEPT
+
+
+def test_a_bound_ends_a_search_that_few_images_answer(
+    index: OpenIndex, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(conjunction, "FEW_IMAGES", 0)
+    monkeypatch.setattr(conjunction, "num_candidates", lambda k: 3)
+    question = Question("a dog NOT a cat", k=1, unwanted_above=-1.0)
+    whole = index.ask(question)
+    assert (whole.hits, whole.num_looked_at, whole.is_exhaustive) == ((), 28, True)
+    assert "no images: this snapshot of the index holds no more" in (whole.reason or "")
+    cut = index.ask(question, max_looked_at=10)
+    assert (cut.hits, cut.num_looked_at) == ((), 10)
+    assert (cut.is_complete, cut.is_exhaustive, cut.is_proven) == (False, False, False)
+    ended = "the search ended after 10 images, and others may answer; filter, or ask for what is less rare"
+    assert cut.reason == f"no images: {ended}"
+    some = index.ask(replace(question, k=10, unwanted_above=0.1045), max_looked_at=10)
+    assert some.reason == f"{len(some.hits)} images: {ended}"
+    assert 0 < len(some.hits) < 10
+    lowest = replace(question, k=10, unwanted_above=0.1045, min_score=0.5)
+    assert "others may answer" in (index.ask(lowest, max_looked_at=10).reason or "")
+    at_all = index.ask(question, max_looked_at=28)
+    assert (at_all.is_exhaustive, at_all.reason) == (True, whole.reason)
+
+
 def test_lowest_score(index: OpenIndex) -> None:
     answer = index.ask(Question("a dog", min_score=0.68))
     assert names(answer) == ["dogs", "both"]
@@ -377,6 +440,10 @@ def test_overlaps() -> None:
         (Question("a dog", region=(0, 0, 1, 1)), "a region is one of a picture"),
         (Question(image=b"x", region=(0, 0.5, 1, 0.5)), "0 <= x0 < x1 <= 1"),
         (Question("a dog", like="1"), "words, a picture, or an object"),
+        (Question("a dog", k=2.5), "1 to 10,000 images, got 2.5: ask for a whole number"),  # type: ignore[arg-type]
+        (Question("a dog", k=float("nan")), "got nan"),  # type: ignore[arg-type]
+        (Question("a dog", k="2"), "got '2'"),  # type: ignore[arg-type]
+        (Question("a dog", k=None), "got None"),  # type: ignore[arg-type]
         (Question("a dog", min_score=1.5), "-1 to 1, got 1.5"),
         (Question("a dog", fold_at=-0.1), "0 to 1, got -0.1"),
         (Question("a dog", unwanted_above=float("nan")), "got nan"),

@@ -238,6 +238,25 @@ def test_wrong_questions(published: PlantedIndex, question: dict[str, Any], word
     refusal(ConfigError, lambda: index.search(**question), *words)
 
 
+@pytest.mark.parametrize(
+    ("vector", "words"),
+    [
+        (100 * QUERY, ["unit vector of 16 numbers", "length 100", "divide"]),
+        (0 * QUERY, ["length 0"]),
+        (QUERY * np.float32("nan"), ["length nan"]),
+        (QUERY[:-1], ["unit vector of 16 numbers", "shape [15]"]),
+        (QUERY[None], ["shape [1, 16]"]),
+    ],
+    ids=["long", "zero", "nan", "dimension", "two axes"],
+)
+def test_vectors_that_are_none(
+    published: PlantedIndex, vector: NDArray[np.float32], words: list[str]
+) -> None:
+    index = open_index(published.uri)
+    refusal(ConfigError, lambda: index.search_vector(vector), *words)
+    assert uris(index.search_vector(QUERY.astype(np.float16), k=1)) == ["a"]
+
+
 @pytest.mark.parametrize("content", [b"", b"no image", jpeg()[:100]], ids=["empty", "text", "cut"])
 def test_picture_that_cannot_be_decoded(published: PlantedIndex, content: bytes) -> None:
     index = open_index(published.uri)

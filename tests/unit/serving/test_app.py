@@ -12,6 +12,7 @@ from PIL import Image
 from starlette.testclient import TestClient
 
 from for_ray.errors import StorageError
+from for_ray.index import conjunction
 from for_ray.retrieval import OpenIndex, Question
 from tests.unit.serving.conftest import EVIL, MIDDLE, SIZE, Served
 
@@ -58,6 +59,30 @@ def test_pages_go_on_and_end(client: TestClient) -> None:
         body["page"] = answer["next_page"]
     assert found == [0, 1, 2, 3, 5, 6, 7, 8]
     assert "no more" in answer["reason"]
+
+
+def test_a_question_that_few_images_answer_ends_at_the_services_bound(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(conjunction, "FEW_IMAGES", 0)
+    monkeypatch.setattr(conjunction, "num_candidates", lambda k: 2)
+    body = {"text": "a dog NOT a cat", "k": 2, "unwanted_above": -1.0}
+    whole = served.client().post("/search", json=body).json()
+    assert (whole["num_looked_at"], whole["is_exhaustive"]) == (8, True)
+    with served.client(max_looked_at=5) as client:
+        answer = client.post("/search", json=body).json()
+        exported = client.post("/export", json={"format": "jsonl", "question": body})
+    assert (answer["hits"], answer["num_looked_at"]) == ([], 5)
+    assert (answer["is_complete"], answer["is_exhaustive"], answer["next_page"]) == (False, False, None)
+    assert answer["reason"].startswith("no images: the search ended after 5 images, and others may answer")
+    assert (exported.status_code, exported.content) == (200, b"")
+
+
+def test_a_name_that_is_too_long_is_told(client: TestClient) -> None:
+    refused = client.post("/search", json={"text": "a dog NOT " + "woof " * 150})
+    assert (refused.status_code, refused.json()["code"]) == (400, "request")
+    assert refused.json()["error"].startswith("the name 'woof woof")
+    assert "77 tokens" in refused.json()["error"]
 
 
 def test_a_page_of_another_snapshot_is_told_apart(client: TestClient) -> None:
@@ -238,7 +263,7 @@ def test_wrong_paths_and_methods_are_refused_in_one_form(client: TestClient) -> 
 
 
 def test_a_store_that_is_away_is_an_answer(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
-    def away(self: OpenIndex, question: Question) -> None:
+    def away(self: OpenIndex, question: Question, **_: object) -> None:
         raise StorageError("s3://bucket/index cannot be reached: check the network")
 
     monkeypatch.setattr(OpenIndex, "ask", away)
@@ -249,7 +274,7 @@ def test_a_store_that_is_away_is_an_answer(client: TestClient, monkeypatch: pyte
 
 
 def test_what_no_one_expected_tells_nothing(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(self: OpenIndex, question: Question) -> None:
+    def broken(self: OpenIndex, question: Question, **_: object) -> None:
         raise ZeroDivisionError("a secret of the inside")
 
     monkeypatch.setattr(OpenIndex, "ask", broken)
@@ -265,10 +290,10 @@ def test_questions_beyond_the_queue_are_told_to_come_again(
     entered, leave = threading.Semaphore(0), threading.Event()
     ask: Callable[..., Any] = OpenIndex.ask
 
-    def slow(self: OpenIndex, question: Question) -> Any:
+    def slow(self: OpenIndex, question: Question, **options: object) -> Any:
         entered.release()
         leave.wait(20)
-        return ask(self, question)
+        return ask(self, question, **options)
 
     monkeypatch.setattr(OpenIndex, "ask", slow)
     statuses: list[int] = []
@@ -299,11 +324,11 @@ def test_two_pictures_are_decoded_at_once_and_hold_up_no_words(
     entered, leave = threading.Semaphore(0), threading.Event()
     ask: Callable[..., Any] = OpenIndex.ask
 
-    def slow(self: OpenIndex, question: Question) -> Any:
+    def slow(self: OpenIndex, question: Question, **options: object) -> Any:
         if question.image is not None:
             entered.release()
             leave.wait(20)
-        return ask(self, question)
+        return ask(self, question, **options)
 
     monkeypatch.setattr(OpenIndex, "ask", slow)
     statuses: list[int] = []

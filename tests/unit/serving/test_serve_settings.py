@@ -16,6 +16,8 @@ import pytest
 
 from for_ray.config import ServeSettings, read_settings
 from for_ray.errors import ConfigError
+from for_ray.serving import local
+from for_ray.serving.opening import Served
 from tests.planted import Planted, PlantedIndex, at_cosines, make_tiny_bundle
 
 JOB = Path(__file__).resolve().parents[3] / "jobs" / "serve.py"
@@ -64,6 +66,19 @@ def test_the_defaults_are_of_a_laptop_that_nobody_else_reaches() -> None:
     assert (settings.token, settings.local, settings.shards) == (None, False, None)
     assert (settings.replicas, settings.most_replicas) == (1, 1)
     assert settings.proposed == settings.other_hosts == ()
+
+
+def test_bounds_reach_the_service(run: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    served: list[Served] = []
+    monkeypatch.setattr(local, "run", lambda asked, **_: served.append(asked))
+    given = ["--max-body-mb", "0.5", "--requests-per-second", "7", "--max-looked-at", "2500"]
+    assert run(*HERE, "--local", *given) == (0, "")
+    assert run(*HERE, "--local") == (0, "")
+    limits = [each.limits for each in served]
+    assert [(each.max_body_bytes, each.requests_per_second, each.max_looked_at) for each in limits] == [
+        (500_000, 7, 2500),
+        (16_000_000, 50, 100_000),
+    ]
 
 
 def test_lists_are_taken_apart() -> None:
@@ -120,6 +135,7 @@ WRONG = {
     "local replicas": (["--local", "--replicas", "2"], "--local is one process"),
     "local shards": (["--local", "--shards", "2"], "--local is one process"),
     "no time": (["--refresh-seconds", "0"], "--refresh-seconds .*greater than or equal to 0.1"),
+    "nothing looked at": (["--max-looked-at", "0"], "--max-looked-at .*greater than or equal to 2000"),
     "no body": (["--max-body-mb", "0"], "--max-body-mb .*greater than 0"),
     "a rate below none": (["--requests-per-second", "-1"], "--requests-per-second"),
     "no such flag": (["--tokn", "x"], "no such flag: --tokn; did you mean --token"),
