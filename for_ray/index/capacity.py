@@ -6,6 +6,8 @@ Pure arithmetic like `plan`; what a core does in a second stands in `rates`.
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from pydantic import BaseModel, ConfigDict
@@ -19,12 +21,15 @@ from for_ray.index.plan import (
     IndexPlan,
     bits_of,
     plan_index,
+    sample_memory,
     wanted_lists,
+    wanted_sample,
 )
 from for_ray.index.rates import (
     BOX_BYTES,
     KMEANS_FLOP_PER_SECOND,
     MERGE_SECONDS_PER_BYTE,
+    NETWORK_BYTES_PER_SECOND,
     SCAN_SECONDS_PER_VALUE,
     TABLE_BYTES_PER_IMAGE,
     coarse_seconds,
@@ -77,13 +82,14 @@ class Capacity(BaseModel):
         nodes: Given, else one a shard.
         replicas: Whole copies that these nodes serve; 0 where not even one fits.
         expected_recall: At 50, of the code after the exact re-rank, all lists looked at; None where it was
-            not measured.
+            not measured, as behind a transform that loses dimensions.
         vectors_per_query: Codes that one query is compared with, over all shards, at the first `nprobe`.
         query_seconds: On one core of each shard, without the way there and the exact re-rank.
         train_hours: In one task, on the CPU.
         build_cores: Of all nodes, those that build at once: as many tasks as have memory and a segment each.
-        build_hours: By these; None where the code's rate was not measured. `merge_hours` are for rewriting
-            each segment once.
+        build_hours: By these, or by the network where that is slower; None where the code's rate was not
+            measured. `merge_hours` likewise, for rewriting each segment once.
+        build_network_hours: Of the nodes that build, to read the vectors and to write the segments.
         advice: What does not fit and what to change, or what holds the index back; a line each.
     """
 
@@ -109,6 +115,7 @@ class Capacity(BaseModel):
     train_hours: float
     build_cores: int
     build_hours: float | None
+    build_network_hours: float
     merge_hours: float
     advice: tuple[str, ...]
 
@@ -140,8 +147,8 @@ def plan_capacity(
         task_memory_bytes: What a task that trains, builds or merges may hold.
 
     Raises:
-        ConfigError: Ids have no room for so many images, a node's memory does not hold two such tasks or one
-            segment, or `plan_index` refuses.
+        ConfigError: Ids have no room for so many images, what Ray leaves to tasks of a node's memory does not
+            hold two such tasks, a node does not hold one segment, or `plan_index` refuses.
         ValueError: A size is negative, or a number of vectors an image outside of its range.
     """
     if not 0 < vectors_per_image <= MAX_SLOTS:
@@ -152,14 +159,14 @@ def plan_capacity(
             f"{num_vectors:,} vectors are {num_images:,} images, and ids have room for {MAX_IMAGES:,}; plan "
             "several indexes"
         )
-    if 2 * task_memory_bytes > nodes.memory_bytes:
-        raise ConfigError(
-            f"a task's memory of {_gb(task_memory_bytes)} is more than half of a node's "
-            f"{_gb(nodes.memory_bytes)}; lower --task-memory, or plan for larger nodes (--plan-node-memory)"
+    _check_task(task_memory_bytes, nodes)
+
+    def plan_with(memory_bytes: int) -> IndexPlan:
+        return plan_index(
+            num_vectors, dim, codec=codec, target_recall=target_recall, memory_bytes=memory_bytes
         )
-    plan = plan_index(
-        num_vectors, dim, codec=codec, target_recall=target_recall, memory_bytes=task_memory_bytes
-    )
+
+    plan = plan_with(task_memory_bytes)
     shards = _spread(plan, nodes)
     num_nodes = nodes.num or shards.num
     table_bytes = num_vectors * (2 * dim + BOX_BYTES) + num_images * TABLE_BYTES_PER_IMAGE
@@ -179,15 +186,30 @@ def plan_capacity(
         node_cpus=nodes.cpus,
         nodes=num_nodes,
         replicas=num_nodes // shards.num,
-        expected_recall=_recall(plan.factory),
+        expected_recall=_recall(plan),
         vectors_per_query=math.ceil(num_vectors * plan.nprobe / plan.nlist),
         query_seconds=_query_seconds(plan, shards),
         train_hours=work.train,
         build_cores=work.build_cores,
         build_hours=work.build,
+        build_network_hours=work.build_network,
         merge_hours=work.merge,
-        advice=tuple(_advice(plan, shards, nodes, task_memory_bytes)),
+        advice=tuple(_advice(plan, shards, nodes, task_memory_bytes, plan_with)),
     )
+
+
+def _most_task(nodes: Nodes) -> int:
+    """What a task may reserve: half of what Ray leaves to tasks, see `Cluster.task_memory_bytes`."""
+    return int(TASK_SHARE * nodes.memory_bytes / 2)
+
+
+def _check_task(task_memory_bytes: int, nodes: Nodes) -> None:
+    if task_memory_bytes > _most_task(nodes):
+        raise ConfigError(
+            f"a task's memory of {_gb(task_memory_bytes)} is more than one may reserve on a node of "
+            f"{_gb(nodes.memory_bytes)}: {_gb(_most_task(nodes))}, half of what Ray leaves to tasks; lower "
+            "--task-memory, or plan for larger nodes (--plan-node-memory)"
+        )
 
 
 class _Shards(NamedTuple):
@@ -218,10 +240,10 @@ def _spread(plan: IndexPlan, nodes: Nodes) -> _Shards:
 
 
 def _query_seconds(plan: IndexPlan, shards: _Shards) -> float:
-    """Each segment of the shard finds its lists anew, and scans them."""
+    """The shard finds the lists once, and scans them in each of its segments."""
     num_vectors = min(plan.num_vectors, shards.num_segments * plan.vectors_per_segment)
     scanned = num_vectors * plan.nprobe / plan.nlist
-    return shards.num_segments * coarse_seconds(plan) + scanned * plan.dim * SCAN_SECONDS_PER_VALUE
+    return coarse_seconds(plan) + scanned * plan.list_dim * SCAN_SECONDS_PER_VALUE
 
 
 class _Work(NamedTuple):
@@ -229,6 +251,7 @@ class _Work(NamedTuple):
 
     train: float
     build: float | None
+    build_network: float
     merge: float
     build_cores: int
 
@@ -238,22 +261,40 @@ def _work(plan: IndexPlan, nodes: Nodes, num_nodes: int, task_memory_bytes: int)
     by_memory = max(1, int(TASK_SHARE * nodes.memory_bytes // task_memory_bytes))
     builders = min(num_nodes * min(nodes.cpus // task_cpus, by_memory), max(1, plan.num_segments))
     mergers = min(num_nodes * min(nodes.cpus, by_memory), max(1, plan.num_segments))
-    rounds = 2.0 * plan.training_vectors * plan.nlist * plan.dim * KMEANS_ROUNDS
+    rounds = 2.0 * plan.training_vectors * plan.nlist * plan.list_dim * KMEANS_ROUNDS
     per_vector = seconds_per_vector(plan)
     in_turn = math.ceil(plan.num_segments / builders) * min(plan.num_vectors, plan.vectors_per_segment)
+    read = 2 * plan.num_vectors * plan.dim
+    network = _network_hours(read + plan.bytes_on_store, min(num_nodes, builders))
+    merge = plan.bytes_on_store * MERGE_SECONDS_PER_BYTE / mergers / 3600
     return _Work(
         train=rounds / (KMEANS_FLOP_PER_SECOND * task_cpus) / 3600,
-        build=None if per_vector is None else in_turn * per_vector / task_cpus / 3600,
-        merge=plan.bytes_on_store * MERGE_SECONDS_PER_BYTE / mergers / 3600,
+        build=None if per_vector is None else max(network, in_turn * per_vector / task_cpus / 3600),
+        build_network=network,
+        merge=max(merge, _network_hours(2 * plan.bytes_on_store, min(num_nodes, mergers))),
         build_cores=builders * task_cpus,
     )
 
 
-def _recall(factory: str) -> float | None:
-    return 1.0 if factory.endswith(",Flat") else RECALL_BY_BITS.get(bits_of(factory))
+def _network_hours(num_bytes: int, num_nodes: int) -> float:
+    """As if what is read and what is written had to wait for each other, which is at most twice too long."""
+    return num_bytes / (num_nodes * NETWORK_BYTES_PER_SECOND) / 3600
 
 
-def _advice(plan: IndexPlan, shards: _Shards, nodes: Nodes, task_memory_bytes: int) -> list[str]:
+def _recall(plan: IndexPlan) -> float | None:
+    """Measured were vectors as they are, or rotated: other transforms may lose what tells them apart."""
+    if plan.list_dim < plan.dim or not re.match(r"((HR|RR\d+),)?IVF", plan.factory):
+        return None
+    return 1.0 if plan.factory.endswith(",Flat") else RECALL_BY_BITS.get(bits_of(plan.factory))
+
+
+def _advice(
+    plan: IndexPlan,
+    shards: _Shards,
+    nodes: Nodes,
+    task_memory_bytes: int,
+    plan_with: Callable[[int], IndexPlan],
+) -> list[str]:
     lines = []
     if nodes.num is not None and nodes.num < shards.num:
         bytes_of_one = math.ceil(shards.num * shards.num_bytes / nodes.num / SERVED_SHARE)
@@ -262,12 +303,11 @@ def _advice(plan: IndexPlan, shards: _Shards, nodes: Nodes, task_memory_bytes: i
             f"{nodes.num / shards.num:.0%} of it; take {shards.num:,} of them, or {nodes.num:,} of "
             f"{_gb(bytes_of_one)} each, or fewer bits a dimension (--codec {_fewer_bits(plan)})"
         )
-    wanted = wanted_lists(plan.num_vectors)
-    if plan.nlist < wanted and bits_of(plan.factory):
-        enough = task_memory_bytes * math.ceil(wanted / plan.nlist)
+    if more := list(_more_lists(plan, nodes, plan_with)):
+        wanted = wanted_lists(plan.num_vectors)
         lines.append(
             f"a task of {_gb(task_memory_bytes)} trains {plan.nlist:,} lists, the vectors want {wanted:,}: a "
-            f"list is {wanted / plan.nlist:.0f} times as long; --task-memory {_gigabytes(enough)} trains all"
+            f"list is {wanted / plan.nlist:.0f} times as long; {'; '.join(more)}"
         )
     room = int(TASK_SHARE * nodes.memory_bytes // task_memory_bytes)
     if plan.num_segments > room and 2 * MOST_TASK_CPUS * room < nodes.cpus:
@@ -276,6 +316,38 @@ def _advice(plan: IndexPlan, shards: _Shards, nodes: Nodes, task_memory_bytes: i
             f"{MOST_TASK_CPUS * room:,} of its {nodes.cpus:,} cores build; give the nodes more memory a core"
         )
     return lines
+
+
+def _more_lists(plan: IndexPlan, nodes: Nodes, plan_with: Callable[[int], IndexPlan]) -> Iterator[str]:
+    """Which memory of a task trains how many more lists, as planning again with it says.
+
+    All that the vectors want; where that takes other nodes, these, and the most that the given ones train.
+    None where memory is not what holds them back: the codec names a number, or there are too few vectors.
+    """
+    wanted = lists = wanted_lists(plan.num_vectors)
+    while lists > plan.nlist:
+        gigabytes = _gigabytes(sample_memory(wanted_sample(lists), plan.dim))
+        memory_bytes = int(float(gigabytes) * 1e9)
+        if _trains(lists, memory_bytes, nodes, plan_with):
+            rest = "all" if lists == wanted else f"{lists:,} on these nodes"
+            yield f"--task-memory {gigabytes} trains {rest}"
+            return
+        larger = _gigabytes(2 * memory_bytes / TASK_SHARE)
+        larger_nodes = nodes._replace(memory_bytes=int(float(larger) * 1e9))
+        if lists == wanted and _trains(lists, memory_bytes, larger_nodes, plan_with):
+            yield f"--task-memory {gigabytes} trains all with --plan-node-memory {larger}"
+        lists //= 2
+
+
+def _trains(lists: int, memory_bytes: int, nodes: Nodes, plan_with: Callable[[int], IndexPlan]) -> bool:
+    """Whether a task of so much memory trains so many lists, and the plan with it is not refused."""
+    try:
+        _check_task(memory_bytes, nodes)
+        plan = plan_with(memory_bytes)
+        _spread(plan, nodes)
+    except ConfigError:
+        return False
+    return plan.nlist >= lists
 
 
 def _fewer_bits(plan: IndexPlan) -> str:

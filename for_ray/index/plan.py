@@ -16,7 +16,12 @@ from pydantic import BaseModel, ConfigDict
 from for_ray.errors import ConfigError
 
 DEFAULT_MEMORY_BYTES = 4 << 30
-"""What one build task may hold, where nothing else is said."""
+"""What one build task may hold, where nothing else is said.
+
+About 0.2 GB of it is the same for every size: the interpreter, the libraries, the chunk that is read. It has
+room in the half that segments are not laid out for, from 0.5 GB on, the least that `--task-memory` takes;
+tasks of 128 MB hold 259 to 264 MB (`benchmarks/scale.py`).
+"""
 
 DEFAULT_TARGET_RECALL = 0.95
 """Recall at 50 where nothing else is said."""
@@ -60,14 +65,16 @@ class IndexPlan(BaseModel):
     """How an index of `num_vectors` vectors is laid out.
 
     `factory` is the FAISS factory string; `training_vectors` is the size of the sample that the codec is
-    trained on; `nprobe` is where measuring starts; `codec_bytes` lie in each segment once more;
-    `bytes_on_store` counts all segments and the codec, not `images.lance`.
+    trained on; `nprobe` is where measuring starts; `list_dim` is D of the lists, which the codec's transform
+    may have changed; `codec_bytes` lie in each segment once more; `bytes_on_store` counts all segments and
+    the codec, not `images.lance`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     num_vectors: int
     dim: int
+    list_dim: int
     factory: str
     nlist: int
     nprobe: int
@@ -112,18 +119,19 @@ def plan_index(
     nlist, factory = _choose_factory(wanted, num_vectors=num_vectors, sample=sample)
     index = _untrained(factory, dim, codec=codec)
     ivf = faiss.extract_index_ivf(index)
-    # A transform may change the dimension: FAISS's lists have one of their own.
-    codec_bytes = _codec_bytes(factory, nlist, dim=dim, list_dim=int(ivf.d))
+    list_dim = int(ivf.d)
+    codec_bytes = _codec_bytes(factory, nlist, dim=dim, list_dim=list_dim)
     bytes_per_vector = int(ivf.code_size) + ID_BYTES
     per_segment = _vectors_per_segment(bytes_per_vector, codec_bytes, memory_bytes=memory_bytes)
     num_segments = math.ceil(num_vectors / per_segment)
     return IndexPlan(
         num_vectors=num_vectors,
         dim=dim,
+        list_dim=list_dim,
         factory=factory,
         nlist=nlist,
         nprobe=_first_nprobe(num_vectors, nlist),
-        training_vectors=min(sample, _wanted_sample(nlist)),
+        training_vectors=min(sample, wanted_sample(nlist)),
         vectors_per_segment=per_segment,
         num_segments=num_segments,
         bytes_per_vector=bytes_per_vector,
@@ -137,13 +145,21 @@ def wanted_lists(num_vectors: int) -> int:
     return _power_of_two(LISTS_PER_ROOT * math.sqrt(num_vectors))
 
 
-def _wanted_sample(nlist: int) -> int:
+def wanted_sample(nlist: int) -> int:
+    """The training vectors that so many lists want."""
     return min(MANY_TRAINING_PER_LIST * nlist, max(FEW_TRAINING_PER_LIST * nlist, MANY_TRAINING))
 
 
 def _largest_sample(num_vectors: int, dim: int, *, memory_bytes: int) -> int:
-    # A quarter of the memory: the rotation makes a second copy, and k-means draws a third one.
-    return min(num_vectors, max(MIN_TRAINING_PER_LIST, memory_bytes // 4 // (4 * dim)))
+    return min(num_vectors, max(MIN_TRAINING_PER_LIST, memory_bytes // sample_memory(1, dim)))
+
+
+def sample_memory(num_vectors: int, dim: int) -> int:
+    """The memory of a task that trains on so many vectors.
+
+    Four times theirs: the rotation makes a second copy, and k-means draws a third one.
+    """
+    return 4 * num_vectors * 4 * dim
 
 
 def _power_of_two(value: float) -> int:
@@ -161,6 +177,11 @@ def bits_of(factory: str) -> int:
     """RaBitQ's bits a dimension of a factory string; 0 for other codes."""
     found = re.search(r",RaBitQ(\d*)$", factory)
     return int(found[1] or 1) if found else 0
+
+
+def has_matrix(factory: str) -> bool:
+    """Whether vectors are multiplied with a matrix before they are encoded; Hadamard rotations have none."""
+    return not factory.startswith(("IVF", "HR"))
 
 
 def _default_codec(num_vectors: int, dim: int, *, target_recall: float) -> str:
@@ -220,8 +241,7 @@ def _untrained(factory: str, dim: int, *, codec: str | None) -> faiss.Index:
 def _codec_bytes(factory: str, nlist: int, *, dim: int, list_dim: int) -> int:
     """Centroids, HNSW's links (2·32 on the ground level, 4 bytes each), a rotation's matrix."""
     links = 4 * 64 * nlist if "_HNSW" in factory else 0
-    has_matrix = not factory.startswith(("IVF", "HR"))
-    return 4 * nlist * list_dim + links + (4 * dim * list_dim if has_matrix else 0)
+    return 4 * nlist * list_dim + links + (4 * dim * list_dim if has_matrix(factory) else 0)
 
 
 def _vectors_per_segment(bytes_per_vector: int, codec_bytes: int, *, memory_bytes: int) -> int:

@@ -6,7 +6,7 @@ AVX-512, faiss 1.15.1. Another machine takes these times its own ratio.
 
 from __future__ import annotations
 
-from for_ray.index.plan import IndexPlan, bits_of
+from for_ray.index.plan import IndexPlan, bits_of, has_matrix
 
 KMEANS_FLOP_PER_SECOND = 1.1e11
 """2 · vectors · lists · D for each round of k-means, and for finding a vector's list by a flat quantizer."""
@@ -32,6 +32,15 @@ SCAN_SECONDS_PER_VALUE = 1.7e-10
 COARSE_SECONDS_PER_VALUE = 1.5e-10
 """To compare a query with a value of a centroid, flat."""
 
+NETWORK_BYTES_PER_SECOND = 6.25e8
+"""Of a node, from the store and to it: 5 Gbit/s, which Amazon's instances of fewer than 32 vCPUs have through
+an internet gateway (docs.aws.amazon.com/AWSEC2/latest/UserGuide/ec2-instance-network-bandwidth.html); the CPU
+nodes of `cluster.yaml` have 16. A gateway endpoint of S3 in the nodes' network allows more."""
+
+MEASURED_TIMES = {"train": 1.7, "build": 1.6, "query": 2.0}
+"""What `benchmarks/scale.py` measured over what is reckoned here for its 8 million vectors of 64 dimensions:
+with both threads at work, and in queries of 2 ms, where what any query costs at any size weighs most."""
+
 BOX_BYTES = 4
 """Of the table: a vector's box."""
 
@@ -44,16 +53,16 @@ def seconds_per_vector(plan: IndexPlan) -> float | None:
     code = 0.0 if plan.factory.endswith(",Flat") else CODE_SECONDS_PER_VALUE.get(bits_of(plan.factory))
     if code is None:
         return None
-    rotation = 2 * plan.dim / KMEANS_FLOP_PER_SECOND if plan.factory.startswith("RR") else 0.0
+    rotation = 2 * plan.dim / KMEANS_FLOP_PER_SECOND if has_matrix(plan.factory) else 0.0
     lists = HNSW_SECONDS_PER_VALUE if has_graph(plan) else 2 * plan.nlist / KMEANS_FLOP_PER_SECOND
-    return plan.dim * (READ_SECONDS_PER_VALUE + rotation + lists + code)
+    return plan.dim * READ_SECONDS_PER_VALUE + plan.list_dim * (rotation + lists + code)
 
 
 def coarse_seconds(plan: IndexPlan) -> float:
-    """Of one core, to find the lists of a query in one segment."""
+    """Of one core, to find the lists of a query, once for all segments of a shard."""
     if has_graph(plan):
-        return HNSW_SECONDS_PER_VALUE * plan.dim * max(1.0, 2 * plan.nprobe / HNSW_SEARCH)
-    return COARSE_SECONDS_PER_VALUE * plan.dim * plan.nlist
+        return HNSW_SECONDS_PER_VALUE * plan.list_dim * max(1.0, 2 * plan.nprobe / HNSW_SEARCH)
+    return COARSE_SECONDS_PER_VALUE * plan.list_dim * plan.nlist
 
 
 def has_graph(plan: IndexPlan) -> bool:

@@ -54,7 +54,7 @@ def test_codec_and_target_choose_the_code(capsys):
     [
         (["--codec", "Flat"], "no FAISS inverted file"),
         (["--task-memory", "0.1"], "--task-memory (or FOR_RAY_TASK_MEMORY): input should be greater"),
-        (["--plan-node-memory", "4"], "a task's memory of 4.29 GB is more than half of a node's 4 GB"),
+        (["--plan-node-memory", "4"], "a task's memory of 4.29 GB is more than one may reserve on"),
         (["--encoder", "nowhere"], "nowhere"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 from hypothesis import given, settings
@@ -15,11 +16,12 @@ from for_ray.index.capacity import (
     PROCESS_BYTES,
     SERVED_SHARE,
     TABLE_CACHE_BYTES,
+    TASK_SHARE,
     Capacity,
     Nodes,
     plan_capacity,
 )
-from for_ray.index.plan import RECALL_BY_BITS, bits_for, bits_of, plan_index
+from for_ray.index.plan import RECALL_BY_BITS, bits_for, bits_of, plan_index, wanted_lists
 from for_ray.schema import MAX_SLOTS, image_ids_of
 
 GB = 10**9
@@ -93,6 +95,29 @@ def test_more_nodes_build_faster_and_larger_ones_are_fewer(num_vectors, dim, num
     assert larger.num_shards <= few.num_shards
 
 
+@settings(deadline=None, max_examples=80)
+@given(
+    st.one_of(st.integers(0, 40_000), st.integers(0, 10**11)),
+    DIMS,
+    MACHINES,
+    st.sampled_from([None, "IVF,SQ8", "HR,IVF64,RaBitQ4", "HR,IVF20000,RaBitQ4", "PCA8,IVF,RaBitQ2"]),
+)
+def test_advised_memory_is_taken_and_trains_what_it_says(num_vectors, dim, nodes, codec):
+    found = capacity_of(num_vectors, dim, nodes=nodes, codec=codec)
+    for line in found.advice:
+        for memory, trained, larger in re.findall(
+            r"--task-memory ([\d.]+) trains (all|[\d,]+)(?: with --plan-node-memory ([\d.]+))?", line
+        ):
+            machines = nodes._replace(memory_bytes=int(float(larger) * GB)) if larger else nodes
+            task = int(float(memory) * GB)
+            again = capacity_of(num_vectors, dim, nodes=machines, codec=codec, task_memory_bytes=task)
+            assert again.plan.nlist > found.plan.nlist
+            if trained == "all":
+                assert not any("the vectors want" in each for each in again.advice)
+            else:
+                assert again.plan.nlist == int(trained.replace(",", ""))
+
+
 def test_a_billion_vectors_by_hand():
     found = capacity_of(10**9, nodes=Nodes(64 * GB, 16, 4))
     assert found.plan.factory == "HR,IVF32768,RaBitQ4"
@@ -112,9 +137,51 @@ def test_a_billion_vectors_by_hand():
     assert found.build_cores == 4 * 16
     turns = 6 * found.plan.vectors_per_segment
     assert found.build_hours == pytest.approx(turns * per_vector / 4 / 3600)
+    # Four nodes of 0.625 GB/s read float16 vectors and write the segments; a merge reads and writes these.
+    a_second = 4 * rates.NETWORK_BYTES_PER_SECOND
+    written = found.plan.bytes_on_store
+    assert found.build_network_hours == pytest.approx((10**9 * 256 + written) / a_second / 3600)
+    assert found.merge_hours == pytest.approx(2 * written / a_second / 3600)
+    # The fuller shard has 44 segments; its lists are found once for all of them.
+    scanned = 44 * found.plan.vectors_per_segment * 182 / 32768
+    coarse = rates.COARSE_SECONDS_PER_VALUE * 32768 * 128
+    assert found.query_seconds == pytest.approx(coarse + scanned * 128 * rates.SCAN_SECONDS_PER_VALUE)
     rounds = 2 * 2_097_152 * 32768 * 128 * 6
     assert found.train_hours == pytest.approx(rounds / (4 * rates.KMEANS_FLOP_PER_SECOND) / 3600)
     assert found.vectors_per_query == math.ceil(10**9 * 182 / 32768)
+
+
+def test_many_cores_wait_for_the_network():
+    # 128 cores a node encode 1.7 GB of vectors a second, which 0.625 GB/s cannot bring.
+    nodes = Nodes(2000 * GB, 128, 2)
+    found = capacity_of(10**9, 1024, codec="HR,IVF1024,RaBitQ4", nodes=nodes)
+    bytes_of_both = 10**9 * 2048 + found.plan.bytes_on_store
+    seconds = bytes_of_both / (2 * rates.NETWORK_BYTES_PER_SECOND)
+    assert found.build_hours == found.build_network_hours == pytest.approx(seconds / 3600)
+
+
+@pytest.mark.parametrize("front", ["", "HR,", "RR128,", "RR256,"])
+def test_the_recall_of_vectors_as_they_are_and_of_rotated_ones_is_known(front):
+    assert capacity_of(10**6, codec=f"{front}IVF,RaBitQ4").expected_recall == RECALL_BY_BITS[4]
+    assert capacity_of(10**6, codec=f"{front}IVF,Flat").expected_recall == 1.0
+
+
+@pytest.mark.parametrize("front", ["PCA8,", "RR64,", "PCAR128,", "OPQ16_64,"])
+def test_the_recall_behind_other_transforms_was_not_measured(front):
+    assert capacity_of(10**6, codec=f"{front}IVF,RaBitQ4").expected_recall is None
+    assert capacity_of(10**6, codec=f"{front}IVF,Flat").expected_recall is None
+
+
+def test_lists_of_fewer_dimensions_cost_by_these():
+    whole, part = (plan_index(10**8, 128, codec=f"RR{dim},IVF8192,RaBitQ4") for dim in (128, 32))
+    assert (whole.list_dim, part.list_dim) == (128, 32)
+    read = 128 * rates.READ_SECONDS_PER_VALUE
+    costs = [rates.seconds_per_vector(plan) - read for plan in (whole, part)]
+    assert costs[0] == pytest.approx(4 * costs[1])
+    assert rates.coarse_seconds(whole) == pytest.approx(4 * rates.coarse_seconds(part))
+    whole, part = (capacity_of(10**8, codec=f"RR{dim},IVF8192,RaBitQ4") for dim in (128, 32))
+    assert whole.query_seconds == pytest.approx(4 * part.query_seconds)
+    assert whole.train_hours == pytest.approx(4 * part.train_hours)
 
 
 @pytest.mark.parametrize(
@@ -151,13 +218,24 @@ def test_what_does_not_fit_says_what_to_change():
 def test_a_task_that_trains_too_few_lists_is_told():
     found = capacity_of(10**9, 1024)
     assert found.plan.nlist == 4096
-    line = found.advice[-1]
-    assert (
-        "trains 4,096 lists, the vectors want 65,536: a list is 16 times as long; --task-memory 68.8 " in line
+    (line,) = found.advice
+    assert line.endswith(
+        "trains 4,096 lists, the vectors want 65,536: a list is 16 times as long; --task-memory 68.8 trains "
+        "all with --plan-node-memory 211.7; --task-memory 17.2 trains 16,384 on these nodes"
     )
-    enough = capacity_of(10**9, 1024, nodes=Nodes(512 * GB, 16), task_memory_bytes=int(68.8 * GB))
+    large = Nodes(512 * GB, 16)
+    (line,) = capacity_of(10**9, 1024, nodes=large).advice
+    assert line.endswith("a list is 16 times as long; --task-memory 68.8 trains all")
+    enough = capacity_of(10**9, 1024, nodes=large, task_memory_bytes=int(68.8 * GB))
     assert enough.plan.nlist == 65_536
     assert not any("lists" in line for line in enough.advice)
+
+
+@pytest.mark.parametrize(("num_vectors", "codec"), [(10**9, "IVF64,RaBitQ4"), (16_384, "HR,IVF,RaBitQ4")])
+def test_what_memory_does_not_limit_is_not_told_to_take_more(num_vectors, codec):
+    found = capacity_of(num_vectors, codec=codec)
+    assert found.plan.nlist < wanted_lists(num_vectors)
+    assert found.advice == ()
 
 
 def test_tasks_that_leave_cores_idle_are_told():
@@ -191,10 +269,15 @@ def test_ids_have_room_for_so_many_images_and_no_more():
 
 
 def test_nodes_that_hold_no_task_or_no_segment_are_refused_in_a_line():
-    with pytest.raises(ConfigError, match=r"a task's memory of 4.29 GB is more than half of a node's 8 GB"):
+    complaint = r"a task's memory of 4.29 GB is more than one may reserve on a node of 8 GB: 2.6 GB, half of"
+    with pytest.raises(ConfigError, match=complaint):
         capacity_of(10**9, nodes=Nodes(8 * GB, 4))
+    most = int(TASK_SHARE * 64 * GB / 2)
+    assert capacity_of(10**9, task_memory_bytes=most).task_memory_bytes == most
+    with pytest.raises(ConfigError, match=r"a task's memory of 20.8 GB is more than one may reserve"):
+        capacity_of(10**9, task_memory_bytes=most + 1)
     with pytest.raises(ConfigError, match=r"does not hold one segment of .* plan for .* at least") as caught:
-        capacity_of(10**9, nodes=Nodes(4 * GB, 4), task_memory_bytes=2 * GB)
+        capacity_of(10**9, nodes=Nodes(3 * GB, 4), task_memory_bytes=int(0.9 * GB))
     assert "\n" not in str(caught.value)
 
 

@@ -39,6 +39,8 @@ def test_a_billion_vectors_as_people_read_them():
     assert rows["in all"][0] == "359 GB"
     assert rows["memory of a node"][0] == "64 GB"
     assert rows["copies served"][0] == "2"
+    assert rows["by the network alone"] == ["2 min", "vectors read, segments written; 0.625 GB/s a node"]
+    assert rows["to merge once"][0] == "1 min"
     lines = [line for line in text.splitlines()[1:-1] if not line.startswith("—")]
     assert all(len(rows_of(line).popitem()[1]) == 2 for line in lines)  # each figure says what it means
     assert max(map(len, text.splitlines()[:-1])) <= 110
@@ -71,6 +73,9 @@ def test_two_plans_stand_beside_each_other_each_with_its_advice():
 
 
 def test_a_code_that_was_not_measured_says_so():
+    rows = rows_of(printed(capacity_of(10**6, codec="PCA8,IVF,RaBitQ4")))
+    assert rows["recall@50 of the code"][0] == "not measured"
+    assert rows["to build"][0] == "under 1 min"
     rows = rows_of(printed(capacity_of(10**6, codec="IVF,SQ8")))
     assert rows["recall@50 of the code"][0] == "not measured"
     assert rows["to build"][0] == "not measured"
