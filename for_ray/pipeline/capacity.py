@@ -19,7 +19,7 @@ def nodes_of(settings: IndexSettings) -> Nodes:
 
 
 def task_bytes(settings: IndexSettings) -> int:
-    """Memory of a task that trains, builds or merges."""
+    """Memory of a task that trains, builds or merges, as asked for; see `Cluster.planned_memory_bytes`."""
     return DEFAULT_MEMORY_BYTES if settings.task_memory is None else int(settings.task_memory * GIGABYTE)
 
 

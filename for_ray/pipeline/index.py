@@ -151,7 +151,7 @@ class _Run:
             self.holds_lease = True
             finish_removals(self.layout, lease)
             listing, gap, images = self._look_again(listing, gap, images)
-            if self._is_current(gap, images):
+            if self._is_current(gap, images, cluster):
                 return self._unchanged(listing, gap)
             writer = IndexWriter(
                 settings=self.settings,
@@ -256,13 +256,13 @@ class _Run:
                 progress=update,
             )
 
-    def _is_current(self, gap: Gap, images: Any) -> bool:
+    def _is_current(self, gap: Gap, images: Any, cluster: Cluster | None = None) -> bool:
         base = self.base
         if gap.num_to_encode or _num_to_delete(gap) or base is None or base != self.latest:
             return False
         if base.images_version != table.version_of(images):
             return False
-        if self._drift(base) or not is_measured_for(base, self.settings.target_recall):
+        if self._drift(base, cluster) or not is_measured_for(base, self.settings.target_recall):
             return False
         if self.settings.codec is None or base.codec is None:
             return True
@@ -270,12 +270,14 @@ class _Run:
             return base.codec.wanted is None
         return codec_kind(self._codec) == codec_kind(base.codec.factory)
 
-    def _drift(self, base: Snapshot) -> str | None:
+    def _drift(self, base: Snapshot, cluster: Cluster | None) -> str | None:
+        # By the setting while no cluster is joined, which a night without work shall not cost: its tasks may
+        # have less, and then nothing would be trained anew.
         return why_retrain_snapshot(
             base,
             wanted=self._codec,
             floor=self.settings.target_recall,
-            memory_bytes=task_bytes(self.settings),
+            memory_bytes=cluster.planned_memory_bytes if cluster else task_bytes(self.settings),
         )
 
     def _unchanged(self, listing: Listing, gap: Gap) -> IndexSummary:

@@ -25,7 +25,6 @@ from for_ray.errors import ForRayError, StorageError
 from for_ray.index import snapshots, table
 from for_ray.index.growth import is_measured_for
 from for_ray.model.bundle import Bundle
-from for_ray.pipeline.capacity import task_bytes
 from for_ray.pipeline.encoding import encode_gap
 from for_ray.pipeline.index_report import Findings
 from for_ray.pipeline.queries import recall_queries
@@ -223,7 +222,7 @@ class IndexWriter:
                 cluster=self.cluster,
                 wanted=self.wanted_codec,
                 floor=self.settings.target_recall,
-                memory_bytes=task_bytes(self.settings),
+                memory_bytes=self.cluster.planned_memory_bytes,
                 on_progress=update,
             )
         with self._stage("merge", unit="segments") as update:

@@ -84,9 +84,22 @@ class Cluster:
 
         One byte where no node works yet: what no node that comes has would be waited for in vain.
         """
+        return max(1, min(self._task_memory_bytes, self._half_of_a_node))
+
+    @property
+    def planned_memory_bytes(self) -> int:
+        """What segments and lists are laid out for: what a task may reserve.
+
+        The setting's where no node works yet, so that a night's layout does not hang on who came first.
+        """
+        return min(self._task_memory_bytes, self._half_of_a_node or self._task_memory_bytes)
+
+    @property
+    def _half_of_a_node(self) -> int:
+        """Half of the memory that Ray leaves to tasks on the largest node; 0 where none works yet."""
         _ = self.resources
         memory = [node["Resources"].get("memory", 0) for node in _workers()]
-        return max(1, min(self._task_memory_bytes, int(max(memory, default=0)) // 2))
+        return int(max(memory, default=0)) // 2
 
     @property
     def task_gpus(self) -> int:
