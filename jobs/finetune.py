@@ -21,9 +21,7 @@ from for_ray.config import FinetuneSettings, read_settings
 
 def main(arguments: list[str]) -> int:
     """Run the job; its exit code."""
-    return run_command(
-        lambda: _run(arguments), when_interrupted="interrupted; run again to go on from the last epoch"
-    )
+    return run_command(lambda: _run(arguments), advice="run again to go on from the last epoch")
 
 
 def _run(arguments: list[str]) -> None:

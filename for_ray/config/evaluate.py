@@ -34,7 +34,7 @@ class EvaluateSettings(Settings):
 
     Settings come from flags over FOR_RAY_… variables over the --config file over the defaults. Exit code 0:
     measured; 2: the settings, the data or the store are at fault; 1: encoding failed in the middle, or too
-    many images could not be read; 130: interrupted.
+    many images could not be read; 130: interrupted; 143: ended by SIGTERM.
     """
 
     dataset: str = Field(

@@ -35,7 +35,9 @@ CAPTION_FIELDS = frozenset({"gamma_classes", "gamma_captions", "captions_per_ima
 """Settings of recipe `mcip` alone, besides `captions`, of which there is more to say."""
 
 TOWER_FIELDS = (
-    CLASS_FIELDS | CAPTION_FIELDS | frozenset({"captions", "tune_blocks", "tune_projection", "lr_end"})
+    CLASS_FIELDS
+    | CAPTION_FIELDS
+    | frozenset({"captions", "tune_blocks", "tune_projection", "lr_end", "grad_checkpointing"})
 )
 """Settings of the second paper's recipes alone."""
 
@@ -67,7 +69,7 @@ class FinetuneSettings(Settings):
 
     Settings come from flags over FOR_RAY_… variables over the --config file over the --preset over the
     defaults. Exit code 0: done, or done before; 2: the settings, the data or the store are at fault; 1: the
-    training failed (run again: it goes on from the last epoch); 130: interrupted.
+    training failed (run again: it goes on from the last epoch); 130: interrupted; 143: ended by SIGTERM.
     """
 
     recipe: Recipe = Field(
@@ -172,6 +174,13 @@ class FinetuneSettings(Settings):
         None,
         description="recipes gpr, mcip: train the projection to the joint space, too; default: mcip does",
     )
+    grad_checkpointing: bool = Field(
+        False,
+        description="recipes of towers: keep what each block of a transformer begins with, and compute the "
+        "rest again for the gradients: a tenth of the memory of activations for a third more computing, and "
+        "the same result. Take it where a GPU's memory is short (ViT-L/14-336 keeps half a GB an image "
+        "without); for --batch-size is over all --workers, a GPU each, more of these help, too",
+    )
     lr_end: float | None = Field(
         None, ge=0, le=1, description="recipes of towers: the last learning rate; default: a tenth of lr"
     )
@@ -186,9 +195,14 @@ class FinetuneSettings(Settings):
     gamma_captions: float = Field(
         0.5, ge=0, le=1e4, description="recipe mcip: weight of the loss on pseudo-captions"
     )
-    captions_per_image: int = Field(20, ge=1, le=1000, description="recipe mcip: its nearest, at most")
-    caption_threshold: float = Field(
-        0.27, ge=-1, le=1, description="recipe mcip: captions with a lower cosine do not count"
+    captions_per_image: int | None = Field(
+        None, ge=1, le=1000, description="recipe mcip: its nearest, at most; default: all in --captions"
+    )
+    caption_threshold: float | None = Field(
+        None,
+        ge=-1,
+        le=1,
+        description="recipe mcip: captions with a lower cosine do not count; default: that of --captions",
     )
     held_out: float = Field(
         0.05, ge=0, le=0.5, description="share of --dataset kept from training, to measure each epoch by"

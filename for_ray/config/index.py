@@ -17,7 +17,8 @@ class IndexSettings(Settings):
 
     Settings come from flags over FOR_RAY_… variables over the --config file over the defaults. Exit code 0:
     done, or nothing to do; 2: the settings, the images or the store are at fault and nothing was published;
-    1: a stage failed in the middle (run again: what was committed is not encoded again); 130: interrupted.
+    1: a stage failed in the middle (run again: what was committed is not encoded again); 130: interrupted;
+    143: ended by SIGTERM.
     """
 
     images: str | None = Field(

@@ -17,7 +17,7 @@ class LabelSettings(Settings):
     Settings come from flags over FOR_RAY_… variables over the --config file over the --preset over the
     defaults. Exit code 0: done, or nothing to do; 2: the settings, the data or the store are at fault and
     nothing was written; 1: a stage failed in the middle (run again: what was committed is not labelled
-    again); 130: interrupted.
+    again); 130: interrupted; 143: ended by SIGTERM.
     """
 
     dataset: str = Field(

@@ -20,7 +20,7 @@ class PseudoCaptionSettings(Settings):
 
     Settings come from flags over FOR_RAY_… variables over the --config file over the defaults. Exit code 0:
     done, or done before; 2: the settings, the data or the store are at fault, or no caption is over the
-    threshold; 1: a stage failed in the middle; 130: interrupted.
+    threshold; 1: a stage failed in the middle; 130: interrupted; 143: ended by SIGTERM.
     """
 
     dataset: str = Field(

@@ -17,7 +17,7 @@ class SearchSettings(Settings):
     Each name of an AND has a box of its own; in quotation marks AND is a word like others.
 
     Settings come from flags over FOR_RAY_… variables over the --config file over the defaults. Exit code 0:
-    done; 2: the settings, the index or the store are at fault; 130: interrupted.
+    done; 2: the settings, the index or the store are at fault; 130: interrupted; 143: ended by SIGTERM.
     """
 
     query: CliPositionalArg[str | None] = Field(None, description="what to look for, in words")

@@ -18,8 +18,9 @@ import secrets
 from pathlib import Path
 from typing import Any
 
+from for_ray.command import how_ended
 from for_ray.config import IndexSettings
-from for_ray.errors import DataError, StageError
+from for_ray.errors import DataError, ForRayError, StageError
 from for_ray.index import snapshots, table
 from for_ray.index.capacity import Capacity
 from for_ray.index.growth import codec_kind, is_measured_for, why_retrain_snapshot
@@ -64,8 +65,8 @@ def run_index(settings: IndexSettings, *, progress: Progress) -> IndexSummary:
             run.sweep_idle(has_failed=True)
             raise
         except BaseException as error:  # an interrupt too, and what nobody foresaw: the morning wants to know
-            if run.holds_lease:
-                progress.say(run.report("failed", f"{type(error).__name__}: {error}".rstrip(": ")))
+            if run.holds_lease or not isinstance(error, ForRayError):
+                progress.say(run.report("failed", how_ended(error)))
             raise
         progress.say(run.report("published" if run.found.has_published else "unchanged", summary.message))
         if not run.found.has_published:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import for_ray
+from for_ray.command import kept_sigterm
 from for_ray.errors import ConfigError
 from for_ray.index.plan import DEFAULT_MEMORY_BYTES
 
@@ -176,7 +177,7 @@ def _prepare_environment() -> None:
 
 def _start(ray: Any) -> None:
     try:
-        with _silence():
+        with kept_sigterm(), _silence():
             ray.init(
                 address="local",
                 include_dashboard=False,
@@ -208,7 +209,7 @@ def _join(ray: Any, address: str) -> None:
     if not _listens(address):
         raise ConfigError(f"RAY_ADDRESS={address}: nobody listens there; {HOW_TO_FIND_A_CLUSTER}")
     try:
-        with _silence():
+        with kept_sigterm(), _silence():
             ray.init(
                 address=address, log_to_driver=False, logging_level=logging.ERROR, runtime_env=_runtime_env()
             )
