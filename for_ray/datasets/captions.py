@@ -3,7 +3,8 @@
 Alone, by the end of the file's name:
 
     FILE.txt        one a line
-    FILE.tsv        as CC12M comes: no header, no quotes; what stands after the line's last tab
+    FILE.tsv        as CC12M comes: no header, no quotes; what stands after the line's last tab. Addresses
+                    there, as in CC3M, whose order is the other one, are refused
     FILE.parquet    a column `caption`
     FILE.jsonl      as the picture book writes it: lines with `captions`, a list
 
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -34,6 +36,12 @@ from for_ray.storage import canonical_uri, exists, join_uri, shown
 
 MAX_CHARACTERS = 2000
 """Far more than any tokenizer keeps: CLIP's cuts at 77 tokens."""
+
+ADDRESS = re.compile(r"https?://\S+")
+"""What stands beside captions, and is none."""
+
+LINES_LOOKED_AT = 1000
+"""At a file's beginning, for addresses where captions should be."""
 
 PAIR_FORMS = "pairs:FILE.csv|.tsv|.parquet, picturebook:DIR"
 
@@ -186,10 +194,30 @@ def _given_captions(uri: str) -> Iterator[list[str | None]]:
     if uri.endswith(".jsonl"):
         return ([text for _, texts in lines for text in texts] for lines in _lines_of_book(uri))
     if uri.endswith(".tsv"):
-        return ([line.rpartition("\t")[2] for line in lines] for lines in stream_lines(uri))
+        return _last_fields(uri)
     if uri.endswith(".txt"):
         return (list(lines) for lines in stream_lines(uri))
     raise DataError(f"captions {shown(uri)} must end with .txt, .tsv, .parquet or .jsonl")
+
+
+def _last_fields(uri: str) -> Iterator[list[str | None]]:
+    is_looked_at = False
+    for lines in stream_lines(uri):
+        fields = [line.rpartition("\t")[2] for line in lines]
+        if not is_looked_at:
+            _refuse_addresses(uri, fields[:LINES_LOOKED_AT])
+            is_looked_at = True
+        yield [*fields]
+
+
+def _refuse_addresses(uri: str, fields: list[str]) -> None:
+    addresses = [field for field in fields if ADDRESS.fullmatch(field.strip())]
+    if 2 * len(addresses) > len(fields):
+        raise DataError(
+            f"{shown(uri)}: after the last tab most lines have an address, such as {addresses[0][:60]!r}, "
+            "expected captions: where these come first, as in CC3M, take their column alone, such as by "
+            "cut -f1 FILE.tsv > FILE.txt"
+        )
 
 
 def open_captioned(spec: str) -> CaptionedImages:
@@ -209,7 +237,7 @@ def open_captioned(spec: str) -> CaptionedImages:
     num_nowhere = 0
     if kind == "pairs":
         table = canonical_uri(place)
-        uris, texts = read_columns(table, ("uri", "caption"))
+        uris, texts = read_columns(table, ("uri", "caption"), texts=["caption"])
         pairs = [
             (canonical_uri(beside(table, uri)), text) for uri, text in zip(uris, texts, strict=True) if uri
         ]

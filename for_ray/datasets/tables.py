@@ -89,31 +89,29 @@ def stream_column(uri: str, name: str) -> Iterator[list[str | None]]:
     with _readable_parquet(uri):
         file = pq.ParquetFile(RangedReader(stat(uri)), buffer_size=COLUMN_BYTES, pre_buffer=False)
         _require(uri, file.schema_arrow.names, [name])
-        kind = file.schema_arrow.field(name).type
-        if pa.types.is_dictionary(kind):
-            kind = kind.value_type
-        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind)):
-            raise DataError(f"{shown(uri)}: the column {name} holds {kind}, expected texts (string)")
+        _require_texts(uri, file.schema_arrow.field(name))
         for batch in file.iter_batches(ROWS_AT_ONCE, columns=[name], use_threads=False):
             yield batch.column(0).to_pylist()
 
 
-def read_columns(uri: str, columns: Sequence[str]) -> list[list[str]]:
-    """Columns of a CSV, TSV or Parquet file as texts, without spaces around them; "" for null.
+def read_columns(uri: str, columns: Sequence[str], *, texts: Sequence[str] = ()) -> list[list[str]]:
+    """Columns of a CSV, TSV or Parquet file as texts, without spaces around them; "" for null and NaN.
 
     Args:
         uri: A file whose name ends with `.csv`, `.tsv` or `.parquet`; the first two begin with a header.
         columns: The names that are wanted; there may be others.
+        texts: Of these the columns that may not hold numbers in Parquet.
 
     Returns:
         For each of `columns` its values, in the file's order.
 
     Raises:
-        DataError: It is no such file, lacks a column, has a line of another length, or no rows.
+        DataError: It is no such file, lacks a column, has no texts there, a line of another length, or no
+            rows.
         StorageError: The store refused.
     """
     if uri.endswith(".parquet"):
-        found = _parquet_columns(uri, columns)
+        found = _parquet_columns(uri, columns, texts)
     elif uri.endswith((".csv", ".tsv")):
         found = _separated_columns(uri, columns, "\t" if uri.endswith(".tsv") else ",")
     else:
@@ -174,11 +172,15 @@ def _decoded(uri: str, content: bytes, *, num_before: int = 0) -> str:
     return text
 
 
-def _parquet_columns(uri: str, columns: Sequence[str]) -> list[list[str]]:
+def _parquet_columns(uri: str, columns: Sequence[str], texts: Sequence[str]) -> list[list[str]]:
     table = parquet_table(uri, columns)
-    return [
-        ["" if value is None else str(value).strip() for value in table[name].to_pylist()] for name in columns
-    ]
+    for name in texts:
+        _require_texts(uri, table.schema.field(name))
+    return [[_as_text(value) for value in table[name].to_pylist()] for name in columns]
+
+
+def _as_text(value: object) -> str:
+    return "" if value is None or value != value else str(value).strip()  # NaN alone is not itself
 
 
 def _separated_columns(uri: str, columns: Sequence[str], separator: str) -> list[list[str]]:
@@ -200,6 +202,12 @@ def _separated_columns(uri: str, columns: Sequence[str], separator: str) -> list
     except csv.Error as error:
         raise DataError(f"{shown(uri)} line {rows.line_num:,} cannot be read: {error}") from error
     return found
+
+
+def _require_texts(uri: str, field: pa.Field) -> None:
+    kind = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
+    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind)):
+        raise DataError(f"{shown(uri)}: the column {field.name} holds {kind}, expected texts (string)")
 
 
 def _require(uri: str, names: Sequence[str], columns: Sequence[str]) -> None:

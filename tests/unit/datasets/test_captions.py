@@ -130,6 +130,26 @@ def test_bad_files_are_refused_in_a_line(tmp_path):
         read_captions(f"{tmp_path}/set.jsonl")
 
 
+def test_addresses_in_the_place_of_captions_are_refused(tmp_path):
+    lines = [f"a cat\thttps://host/{number}.jpg " for number in range(3)]
+    (tmp_path / "set.tsv").write_text("\n".join([*lines, "see http://a.b", "no address\tof its own", ""]))
+    message = "most lines have an address, such as 'https://host/0.jpg ', expected captions: .* cut -f1"
+    with pytest.raises(DataError, match=message):
+        read_captions(f"{tmp_path}/set.tsv")
+    (tmp_path / "set.tsv").write_text("\n".join([*lines, "see http://a.b", "no", "one", ""]))
+    assert len(read_captions(f"{tmp_path}/set.tsv")) == 6  # half of them are not most
+
+
+def test_numbers_are_no_captions_beside_images_either(tmp_path):
+    for values in ([1.0, float("nan")], [1, None]):
+        pq.write_table(pa.table({"uri": ["/1", "/2"], "caption": values}), tmp_path / "set.parquet")
+        with pytest.raises(DataError, match=r"the column caption holds (double|int64), expected texts"):
+            open_captioned(f"pairs:{tmp_path}/set.parquet")
+    texts = pa.array(["a cat", None]).dictionary_encode()
+    pq.write_table(pa.table({"uri": ["/1", "/2"], "caption": texts}), tmp_path / "set.parquet")
+    assert open_captioned(f"pairs:{tmp_path}/set.parquet").captions.texts == ("a cat",)
+
+
 def test_pairs_gather_the_captions_of_an_image(tmp_path):
     rows = "uri,caption\n2.jpg,a dog\n1.jpg,a cat\n2.jpg,a cat\n3.jpg,\n2.jpg,a dog\n"
     (tmp_path / "set.csv").write_text(rows)

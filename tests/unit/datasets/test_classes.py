@@ -77,6 +77,14 @@ def test_numbers_with_gaps_are_names(tmp_path):
     assert classes_of(images, why="a test").tolist() == [2, 0, 1]
 
 
+def test_a_label_that_is_not_there_is_no_name(tmp_path):
+    for kind in (pa.float64(), pa.float16()):
+        values = pa.array(np.array([7, np.nan, 30]), kind)
+        pq.write_table(pa.table({"uri": ["/1", "/2", "/3"], "label": values}), tmp_path / "set.parquet")
+        with pytest.raises(DataError, match="row 2 has no label: fill it in, or leave the row out"):
+            open_dataset(f"labels:{tmp_path}/set.parquet")
+
+
 def test_a_split_leaves_classes_out(tmp_path):
     spec = write_table(tmp_path / "set.csv", "uri,label\n/1,cat\n/2,dog\n/3,cow\n")
     split = tmp_path / "split.json"
