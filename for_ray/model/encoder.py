@@ -133,10 +133,7 @@ class Encoder(nn.Module):
         expected = (3, self.image_size, self.image_size)
         if pixels.dtype != torch.uint8 or pixels.ndim != 4 or pixels.shape[1:] != expected:
             raise ValueError(f"pixels must be uint8 [B, {expected}], got {pixels.dtype} {list(pixels.shape)}")
-        if self.device.type == "cuda" and pixels.device.type == "cpu":
-            pixels = pixels.pin_memory()  # only from pinned memory does the copy overlap with work
-        pixels = pixels.to(self.device, non_blocking=True)
-        normalised = (pixels.float() - self.mean) / self.std
+        normalised = (self._sent(pixels).float() - self.mean) / self.std
         with self._computing():
             features: Features = self.backbone(normalised.contiguous(memory_format=torch.channels_last))
         return features
@@ -158,19 +155,21 @@ class Encoder(nn.Module):
 
     @torch.inference_mode()
     def embed_captions(self, captions: Sequence[str]) -> NDArray[np.float32]:
-        """Captions as they stand, without prompts: unit vectors [Q, D]; computed in float32.
+        """Captions as they stand, without prompts: unit vectors [Q, D]; computed as images are.
 
-        What is too long for the tower is cut off.
+        What is too long for the tower is cut off. A GPU is not waited for before the end: meanwhile the next
+        captions become tokens.
 
         Raises:
             ConfigError: The tokenizer can't be had.
         """
-        parts = [np.empty((0, self.dim), np.float32)]
+        parts = [torch.empty((0, self.dim), device=self.device)]
         for start in range(0, len(captions), CAPTIONS_AT_ONCE):
             tokens = self.tokenize(captions[start : start + CAPTIONS_AT_ONCE])
-            vectors = self.clip.encode_text(tokens.to(self.device)).float()  # type: ignore[operator]
-            parts.append(torch.nn.functional.normalize(vectors, dim=-1).cpu().numpy())
-        return np.concatenate(parts)
+            with self._computing():
+                vectors = self.clip.encode_text(self._sent(tokens))  # type: ignore[operator]
+            parts.append(torch.nn.functional.normalize(vectors.float(), dim=-1))
+        return torch.cat(parts).cpu().numpy()
 
     def tokenize(self, texts: Sequence[str]) -> Tensor:
         """Token ids [n, L] on the CPU; what is too long is cut off.
@@ -215,6 +214,12 @@ class Encoder(nn.Module):
         encoded = self.encode(decoded.pixels[None])
         return np.asarray(encoded.vectors[encoded.keep].cpu().numpy(), np.float32)
 
+    def _sent(self, values: Tensor) -> Tensor:
+        """On the device, or on its way there."""
+        if self.device.type == "cuda" and values.device.type == "cpu":
+            values = values.pin_memory()  # only from pinned memory does the copy overlap with work
+        return values.to(self.device, non_blocking=True)
+
     @contextlib.contextmanager
     def _computing(self) -> Iterator[None]:
         is_lower = self._dtype != torch.float32
@@ -228,8 +233,8 @@ def load_encoder(bundle: Bundle, device: str = "auto", *, precision: Precision =
     Args:
         bundle: From `open_bundle`.
         device: `cpu`, `cuda`, `cuda:1` … or `auto`: the GPU if there is one.
-        precision: Of the image side; `auto` is float16 on a GPU and float32 on a CPU, where the result then
-            is the same on each run. Text is always float32.
+        precision: Of images and captions; `auto` is float16 on a GPU and float32 on a CPU, where the result
+            then is the same on each run. Names and questions are always float32.
 
     Raises:
         ConfigError: No such device, or the weights can't be had or don't fit.

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch.nn.functional import normalize
 
 from for_ray.errors import ConfigError, DataError
+from for_ray.model import encoder as encoder_module
 from for_ray.model.bundle import Bundle, open_bundle
 from for_ray.model.encoder import Encoder, load_encoder
 from for_ray.model.preprocess import decode
@@ -120,6 +121,21 @@ def test_another_image_size_resizes_positions(uri: str) -> None:
         side = size // (32 if bundle.name == "resnet" else 16)
         assert bundle.num_slots == side * side
         assert load_encoder(bundle).encode(pixels_of(bundle, 1)).vectors.shape[1] == side * side
+
+
+def test_captions_are_embedded_as_open_clip_does_in_any_precision(uri: str, monkeypatch) -> None:
+    monkeypatch.setattr(encoder_module, "CAPTIONS_AT_ONCE", 2)
+    encoder = load_encoder(open_bundle(uri), "cpu")
+    texts = ["a red car", "two dogs", "a naïve cow"]
+    reference = make_clip(CONFIGS[encoder.bundle.name])
+    expected = normalize(reference.encode_text(open_clip.tokenize(texts)), dim=-1)
+    exact = encoder.embed_captions(texts)
+    np.testing.assert_allclose(exact, expected, rtol=1e-4, atol=1e-6)
+    assert encoder.embed_captions([]).shape == (0, encoder.dim)
+    close = load_encoder(open_bundle(uri), "cpu", precision="bfloat16").embed_captions(texts)
+    assert (close.dtype, close.shape) == (np.float32, exact.shape)
+    assert (exact * close).sum(axis=-1).min() > 0.999
+    assert np.abs(exact - close).max() > 1e-4  # as on a GPU, where that is faster
 
 
 @pytest.mark.parametrize("head", ["clip", "dense", "sum"])
