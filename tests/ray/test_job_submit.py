@@ -97,7 +97,8 @@ def test_a_job_that_is_stopped_and_submitted_again_goes_on(run_job, draw, encode
     index = tmp_path / "index"
     more = ["--commit-seconds", "0.05", "--batch-size", "16", "--max-actors", "1"]
     job = entrypoint(tmp_path / "images", index, encoder_name, *more)
-    assert run_job("submit", "--no-wait", "--submission-id", "stopped", *job).returncode == 0
+    patient = ["--runtime-env-json", json.dumps({"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "60"}})]
+    assert run_job("submit", "--no-wait", "--submission-id", "stopped", *patient, *job).returncode == 0
 
     def num_rows() -> int:
         uris = [str(path) for path in index.glob("encoder-*/images.lance")]
@@ -109,6 +110,10 @@ def test_a_job_that_is_stopped_and_submitted_again_goes_on(run_job, draw, encode
     assert "Job 'stopped' was stopped" in run_job("status", "stopped").stdout
     held = num_rows()
     assert 0 < held < NUM_IMAGES, held
+    said = run_job("logs", "stopped").stdout.splitlines()
+    assert "error: stopped by SIGTERM; run again to go on: what was committed stays" in said
+    (report,) = (index / "reports").glob("*.json")
+    assert json.loads(report.read_text())["message"] == "stopped by SIGTERM"
     resumed = run_job("submit", "--submission-id", "resumed", *job)
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
     summary = summary_of(resumed)
