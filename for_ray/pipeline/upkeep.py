@@ -33,13 +33,13 @@ def run_upkeep(settings: IndexSettings, *, progress: Progress) -> None:
 
     Raises:
         ConfigError: There is nothing to go back to.
-        DataError: Nothing was published, or there is no such snapshot.
+        DataError: This is no index, nothing was published, or there is no such snapshot.
         StorageError: The store refused.
         StageError: The index is not what it should be; what is wrong was printed.
     """
     layout = Layout(canonical_uri(settings.index))
     if settings.upkeep == "list_snapshots":
-        print_snapshots(list(snapshots.list_snapshots(layout)), json=settings.json_)
+        _list_snapshots(layout, settings)
     elif settings.upkeep == "show_quarantine":
         _show_quarantine(layout, settings)
     elif settings.upkeep == "verify":
@@ -121,6 +121,13 @@ def _check_files(layout: Layout, snapshot: Snapshot) -> None:
             )
 
 
+def _list_snapshots(layout: Layout, settings: IndexSettings) -> None:
+    found = list(snapshots.list_snapshots(layout))
+    if not found:
+        _encoders(layout)  # refuses what is no index; in one that is, nothing may have been published yet
+    print_snapshots(found, json=settings.json_)
+
+
 def _verify(layout: Layout, settings: IndexSettings, progress: Progress) -> None:
     from for_ray.stages.audit import audit_index
 
@@ -173,6 +180,16 @@ def _fingerprint(layout: Layout, settings: IndexSettings) -> str:
     published = snapshots.list_published(layout)
     if published:
         return published[-1].fingerprint
+    found = _encoders(layout)
+    if len(found) > 1:
+        raise ConfigError(
+            f"{layout.index_uri} has {len(found)} encoders and no snapshot; say which: --encoder"
+        )
+    return found.pop()
+
+
+def _encoders(layout: Layout) -> set[str]:
+    """Fingerprints of those that lie in the index; at least one, or it is none."""
     found = {
         match["fingerprint"]
         for page in list_objects(layout.index_uri)
@@ -181,8 +198,4 @@ def _fingerprint(layout: Layout, settings: IndexSettings) -> str:
     }
     if not found:
         raise DataError(f"{layout.index_uri} is no index; check the uri, or run jobs/index.py on it")
-    if len(found) > 1:
-        raise ConfigError(
-            f"{layout.index_uri} has {len(found)} encoders and no snapshot; say which: --encoder"
-        )
-    return found.pop()
+    return found

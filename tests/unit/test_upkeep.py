@@ -147,7 +147,7 @@ def test_wrong_commands_get_one_line(
     assert complaint in line
 
 
-@pytest.mark.parametrize("flag", ["--rollback=1", "--verify", "--show-quarantine"])
+@pytest.mark.parametrize("flag", ["--rollback=1", "--verify", "--show-quarantine", "--list-snapshots"])
 def test_where_there_is_no_index(
     job: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], flag: str
 ) -> None:
@@ -157,6 +157,15 @@ def test_where_there_is_no_index(
     assert "empty" in line
     assert "jobs/index.py" in line
     assert [path.name for path in (tmp_path / "empty").iterdir() if "lease" not in path.name] == []
+
+
+def test_an_index_without_snapshots_has_none_to_list(
+    job: Any, planted_index: PlantedIndex, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert job.main(["--index", planted_index.uri, "--list-snapshots"]) == 0
+    assert capsys.readouterr().out == "no snapshot was published yet\n"
+    assert job.main(["--index", planted_index.uri, "--list-snapshots", "--json"]) == 0
+    assert capsys.readouterr().out == ""
 
 
 def reports(index: PlantedIndex, count: int) -> Path:
