@@ -315,6 +315,31 @@ def image_parameters(clip: nn.Module, settings: TuneSettings) -> list[nn.Paramet
     return [parameter for parameter in visual.values() if id(parameter) not in locked]
 
 
+def checkpoint_activations(clip: nn.Module, recipe: Recipe) -> None:
+    """Let the tower that is trained keep what each block begins with, and compute the rest again.
+
+    Raises:
+        ConfigError: The tower cannot do it: a ResNet, or a text tower of Hugging Face.
+    """
+    if recipe == "realign":
+        tower, blocks = "text", getattr(clip, "text", clip).transformer
+    else:
+        tower, visual = "image", clip.visual
+        blocks = getattr(visual, "trunk", None) or getattr(visual, "transformer", None)
+    if not hasattr(blocks, "grad_checkpointing"):
+        raise ConfigError(no_checkpointing(tower))
+    blocks.grad_checkpointing = True
+
+
+def no_checkpointing(tower: str) -> str:
+    """Why `checkpoint_activations` is refused, and what to do."""
+    return (
+        f"--grad-checkpointing: the {tower} tower has none in open_clip, which has none for ResNets and text "
+        "towers of Hugging Face: leave it out; where memory is short take more --workers, or a smaller "
+        "--batch-size"
+    )
+
+
 _STEM = (
     *("conv", "bn", "class_embedding", "positional_embedding", "ln_pre"),
     *("trunk.patch_embed", "trunk.pos_embed", "trunk.cls_token", "trunk.reg_token", "trunk.norm_pre"),

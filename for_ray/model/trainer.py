@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
+from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from for_ray.errors import ForRayError
@@ -14,6 +14,23 @@ from for_ray.model.objectives import num_workers
 
 class HaltedError(ForRayError):
     """The training cannot go on; all workers find it in the same step, so that none waits for another."""
+
+
+def halt_together(problem: str | None, device: torch.device) -> None:
+    """Halt all workers where one cannot go on: the others would wait for it. All call it at the same time.
+
+    Args:
+        problem: Why this worker cannot; None: it can.
+        device: This worker's.
+
+    Raises:
+        HaltedError: One of them cannot.
+    """
+    num_halted = torch.tensor([float(problem is not None)], device=device)
+    if num_workers() > 1:
+        distributed.all_reduce(num_halted)
+    if num_halted.item():
+        raise HaltedError(problem or "another worker cannot go on")
 
 
 class Trainer:

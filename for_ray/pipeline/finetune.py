@@ -54,9 +54,10 @@ RANK_GAMMA_SUP = 0.1
 UNDECISIVE = {
     *("dataset", "split", "encoder", "labels", "val", "val_split", "val_labels"),  # their content is hashed
     *("output", "preset", "workers", "device", "read_threads", "max_bad_fraction", "name", "config", "json_"),
+    "grad_checkpointing",
 }
-"""Settings that a run may be continued with whatever they were before: they name places, or say by whom it is
-trained, which changes rounding and what dropout draws, not what is learnt from."""
+"""Settings that a run may be continued with whatever they were before: they name places, or say by whom
+and how it is trained, which changes rounding and what dropout draws, not what is learnt from."""
 
 
 def run_finetune(settings: FinetuneSettings, *, progress: Progress) -> FinetuneSummary:

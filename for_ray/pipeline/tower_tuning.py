@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from for_ray.config import FinetuneSettings
 from for_ray.config.finetune import HEAD_FIELDS
 from for_ray.errors import ConfigError, DataError
+from for_ray.model import catalog
 from for_ray.model.bundle import open_bundle
 from for_ray.pipeline.finetune import DEFAULT_ENCODER, UNDECISIVE, Tuning
 from for_ray.pipeline.tower_sets import TowerSet, look_at_some, read_set, read_val
@@ -68,6 +69,7 @@ class TowerTuning(Tuning):
             settings.encoder or DEFAULT_ENCODER, head="clip", image_size=settings.image_size
         )
         with progress.stage("read") as update:
+        self._check_checkpointing()
             self.towers: TowerSet = read_set(settings, self.bundle, progress.say)
             self.val: TowerVal | None = read_val(settings, self.bundle, progress.say)
             update(len(self.towers.images))
@@ -106,6 +108,7 @@ class TowerTuning(Tuning):
             read_threads=settings.read_threads,
             max_bad_fraction=settings.max_bad_fraction,
         )
+            grad_checkpointing=settings.grad_checkpointing,
 
     def check_images(self) -> None:
         """Look at some of the images: an epoch is late to find out that they lie elsewhere.
@@ -180,6 +183,19 @@ class TowerTuning(Tuning):
         )
 
     def _check_batches(self) -> None:
+    def _check_checkpointing(self) -> None:
+        """Refuse it before the model is built."""
+        from for_ray.model.tower_tuning import no_checkpointing
+
+        settings, config = self.settings, self.bundle.model_config
+        is_refused = (
+            "hf_model_name" in config["text_cfg"]
+            if settings.recipe == "realign"
+            else catalog.is_resnet(config)
+        )
+        if settings.grad_checkpointing and is_refused:
+            raise ConfigError(no_checkpointing("text" if settings.recipe == "realign" else "image"))
+
         smallest = len(self.towers.images) // self._num_steps()
         if smallest < self.settings.workers:
             raise DataError(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ import torch
 from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 
 from for_ray.errors import StageError
-from for_ray.model.trainer import HaltedError
+from for_ray.model.trainer import HaltedError, halt_together
 from for_ray.schema import EpochMetrics
 from for_ray.stages.failures import failures
 from for_ray.stages.tower_job import TowerJob
@@ -31,6 +32,7 @@ from for_ray.stages.tower_run import TowerRun
 from for_ray.stages.training_job import FinetuneJob
 from for_ray.stages.training_run import TrainingRun
 from for_ray.storage import arrow_filesystem, temporary_folder
+from for_ray.storage.refusals import full_disk
 
 WORKER_RESTARTS = 3
 """How often the workers are started again after one died: a lost node, a killed process."""
@@ -98,6 +100,7 @@ def finetune(
                 "device": "cuda" if workers.use_gpu else "cpu",
                 "bundle_uri": bundle_uri,
                 "bundle_name": bundle_name,
+                "training_uri": training_uri,
             },
             torch_config=ray.train.torch.TorchConfig(backend="nccl" if workers.use_gpu else "gloo"),
             scaling_config=ScalingConfig(
@@ -136,26 +139,40 @@ def _train(config: dict[str, Any]) -> dict[str, Any]:
     try:
         while not run.is_done:
             metrics = run.run_epoch()
-            _report(run, metrics, rank)
+            _report(run, metrics, rank, config["training_uri"])
             if rank == 0:
                 ray.get(config["told"].tell.remote(metrics.model_dump_json()))
     except HaltedError as error:  # all workers find it; trying again would find it again
         halted = str(error)
     if halted is None and rank == 0:
-        run.save_bundle(config["bundle_uri"], name=config["bundle_name"])
+        halted = full_disk(
+            lambda: run.save_bundle(config["bundle_uri"], name=config["bundle_name"]), tempfile.gettempdir()
+        )
     epochs = [metrics.model_dump_json() for metrics in run.history]
     return {"halted": halted, "epochs": epochs, "selected_epoch": run.selected_epoch}
 
 
-def _report(run: TrainingRun | TowerRun, metrics: EpochMetrics, rank: int) -> None:
-    """Tell Ray Train of an epoch, all workers at once; rank 0 hands over the checkpoint."""
-    told = {"epoch": metrics.epoch, **metrics.losses}
-    if rank != 0:
-        ray.train.report(told)
-        return
-    with temporary_folder() as folder:
-        torch.save(run.state(), folder / CHECKPOINT_FILE)
-        ray.train.report(told, checkpoint=Checkpoint.from_directory(folder))
+def _report(run: TrainingRun | TowerRun, metrics: EpochMetrics, rank: int, training_uri: str) -> None:
+    """Tell Ray Train of an epoch, all workers at once; rank 0 hands over the checkpoint.
+
+    Raises:
+        HaltedError: A disk is full.
+    """
+    told, checkpoint = {"epoch": metrics.epoch, **metrics.losses}, None
+    with contextlib.ExitStack() as stack:
+
+        def save() -> None:
+            nonlocal checkpoint
+            if rank == 0:
+                folder = stack.enter_context(temporary_folder())
+                with (folder / CHECKPOINT_FILE).open("wb") as file:  # by its name torch would not say why not
+                    torch.save(run.state(), file)
+                checkpoint = Checkpoint.from_directory(folder)
+
+        halt_together(full_disk(save, tempfile.gettempdir()), run.device)
+        halt_together(
+            full_disk(lambda: ray.train.report(told, checkpoint=checkpoint), training_uri), run.device
+        )
 
 
 class _Told:

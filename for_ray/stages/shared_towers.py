@@ -1,7 +1,8 @@
 """CLIP's towers while they are tuned, and the vectors that all workers compute together with them.
 
 Each computes its part, all get all: worker r of n has the rows r, r + n, …, which may be none. Memory: all
-vectors as float16 on the CPU of each worker, and on its device once more while they are put together.
+vectors as float16, 2 · B · D bytes, on the CPU of each worker, and its own part once more while they are put
+together; on its device some rows at a time.
 """
 
 from __future__ import annotations
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 TEXTS_AT_ONCE = 512
+
+ROWS_AT_ONCE = 1 << 16
+"""Of all workers, that lie on a device while they are put together."""
 
 
 class Embedded(NamedTuple):
@@ -166,15 +170,20 @@ class SharedTowers:
             return mine.cpu()
         from torch import distributed
 
-        most = -(-num_rows // self.world)  # tensors of one shape go without being pickled
-        padded = torch.zeros(most, *mine.shape[1:], dtype=mine.dtype, device=self.device)
-        padded[: len(mine)] = mine
-        parts = [torch.empty_like(padded) for _ in range(self.world)]
-        distributed.all_gather(parts, padded)
         found = torch.zeros(num_rows, *mine.shape[1:], dtype=mine.dtype)
-        for rank, part in enumerate(parts):
-            rows = found[rank :: self.world]
-            rows.copy_(part[: len(rows)])
+        most, step = -(-num_rows // self.world), max(1, ROWS_AT_ONCE // self.world)
+        for start in range(0, most, step):
+            some = mine[start : start + step]
+            # Tensors of one shape go without being pickled.
+            padded = torch.zeros(
+                min(step, most - start), *mine.shape[1:], dtype=mine.dtype, device=self.device
+            )
+            padded[: len(some)] = some
+            parts = [torch.empty_like(padded) for _ in range(self.world)]
+            distributed.all_gather(parts, padded)
+            for rank, part in enumerate(parts):
+                rows = found[rank :: self.world][start : start + step]
+                rows.copy_(part[: len(rows)])
         return found
 
     def sum(self, mine: Sequence[float]) -> list[float]:

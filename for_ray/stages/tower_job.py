@@ -35,6 +35,7 @@ class TowerJob:
         val: What each epoch is measured on; None: nothing.
         read_threads: Images that are read at once.
         max_bad_fraction: Share of the images that may be unreadable, of either set.
+        grad_checkpointing: Whether activations are computed twice, so that fewer are kept.
     """
 
     bundle_uri: str
@@ -53,3 +54,4 @@ class TowerJob:
     val: TowerVal | None = None
     read_threads: int = 16
     max_bad_fraction: float = 0.05
+    grad_checkpointing: bool = False

@@ -3,7 +3,8 @@
     gpr, mcip    rows of a global batch, the same on all workers; worker r reads the pixels of rows r::world.
                  Every worker knows the captions of the whole batch, so that none has to be sent
     realign      before the first epoch the image tower, which is locked, embeds all images once, each worker
-                 its part; then an epoch passes over the images, each with one of its captions, drawn anew
+                 its part; then an epoch passes over the images, each with one of its captions, drawn anew.
+                 The vectors are kept in the output: a run that goes on embeds what it could not read before
     measure      validation images after each epoch, and once before the first: `tower_measures`
 
 The same class runs on a cluster (`stages/finetune.py`) and alone in a benchmark.
@@ -11,6 +12,8 @@ The same class runs on a cluster (`stages/finetune.py`) and alone in a benchmark
 
 from __future__ import annotations
 
+import contextlib
+import tempfile
 import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -26,15 +29,17 @@ from for_ray.model.tower_tuning import (
     PairBatch,
     PairObjective,
     TowerTrainer,
+    checkpoint_activations,
     save_tuned,
 )
-from for_ray.model.trainer import HaltedError
+from for_ray.model.trainer import HaltedError, halt_together
 from for_ray.schema import EpochMetrics
 from for_ray.stages.loss_curve import LossCurve
-from for_ray.stages.shared_towers import SharedTowers
+from for_ray.stages.shared_towers import Embedded, SharedTowers
 from for_ray.stages.tower_job import TowerJob
 from for_ray.stages.tower_measures import TowerMeasures
-from for_ray.storage import exists, read_bytes, write_bytes
+from for_ray.storage import download, exists, is_s3, local_path, temporary_folder, upload
+from for_ray.storage.refusals import full_disk
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -63,6 +68,8 @@ class TowerRun:
         self._rows = np.arange(len(job.images))
         self._vectors: Tensor | None = None
         self._is_pairs = job.tune.recipe == "realign"
+        if job.grad_checkpointing:
+            checkpoint_activations(self.clip, job.tune.recipe)
         objective = (
             PairObjective(self.clip)
             if self._is_pairs
@@ -147,11 +154,12 @@ class TowerRun:
             self._pairs(batches, epoch) if self._is_pairs else self._images(batches)
         )
         for index, batch in enumerate(coming):
-            curve.add(self.trainer.step(batch, step=epoch * len(batches) + index))
+            means = self.trainer.step(batch, step=epoch * len(batches) + index)
+            curve.add(means)
+            if not self._is_pairs:  # each image that any worker could read weighs 1
+                self._num_unreadable += len(batches[index]) - round(means["classes"].weight)
+                self._check_readable()
         self.trainer.check(epoch)
-        if not self._is_pairs:
-            self._num_unreadable = int(self._towers.sum([self._num_unreadable])[0])
-            self._check_readable(self._num_unreadable)
         return EpochMetrics(
             epoch=epoch + 1,
             lr=job.adam.lr_at((epoch + 1) * len(batches) - 1),
@@ -168,7 +176,6 @@ class TowerRun:
         mine = [rows[self._rank :: self._world] for rows in batches]
         reader = self._towers.reader(self.job.images)
         for rows, own, read in zip(batches, mine, reader.batches(mine), strict=True):
-            self._num_unreadable += int((~read.is_readable).sum())  # counted here, on the CPU: no waiting
             classes = self.job.images.labels.select(own).values.astype(np.int64)
             parts = (torch.from_numpy(each) for each in (classes, *self._captions(rows, own)))
             labels, captions, is_own = (each.to(self.device, non_blocking=True) for each in parts)
@@ -189,32 +196,60 @@ class TowerRun:
         is_own[owners, np.searchsorted(used, lists.values)] = True
         return vectors[used].astype(np.float32), is_own
 
-    def _check_readable(self, num_unreadable: int) -> None:
+    def _check_readable(self) -> None:
         job = self.job
-        if num_unreadable > job.max_bad_fraction * len(job.images):
+        if self._num_unreadable > job.max_bad_fraction * len(job.images):
             raise HaltedError(
-                f"{num_unreadable:,} of {len(job.images):,} images cannot be read; at most "
+                f"{self._num_unreadable:,} of {len(job.images):,} images cannot be read; at most "
                 f"{job.max_bad_fraction:.0%} may (--max-bad-fraction)"
             )
 
     # realign
 
     def _embed_images(self) -> None:
-        """Vectors of all images, once; what cannot be read is left out of the training."""
-        from safetensors.torch import load, save
+        """Vectors of all images, once; what cannot be read is left out of the training.
 
-        job = self.job
-        if exists(job.vectors_uri):
-            kept = load(read_bytes(job.vectors_uri))
-            vectors, is_readable = kept["vectors"], kept["is_readable"]
-        else:
-            vectors, is_readable = self._towers.embed_images(job.images)
-            if self._rank == 0:
-                write_bytes(job.vectors_uri, save({"vectors": vectors, "is_readable": is_readable}))
-        self._rows = np.flatnonzero(is_readable.numpy())
-        self._num_unreadable = len(job.images) - len(self._rows)
-        self._check_readable(self._num_unreadable)
-        self._vectors = vectors
+        What is found is kept before too many unreadable images end the run: once these are there, the next
+        run embeds them alone.
+        """
+        images, kept, found = self.job.images, self._kept_vectors(), None
+        if kept is None:
+            kept = found = self._towers.embed_images(images)
+        elif len(missing := np.flatnonzero(~kept.is_readable.numpy())):
+            found = self._towers.embed_images(images.select(missing))
+            kept.vectors[missing], kept.is_readable[missing] = found
+        if found is not None and found.is_readable.any():
+            halt_together(self._keep_vectors(kept), self.device)
+        self._rows = np.flatnonzero(kept.is_readable.numpy())
+        self._num_unreadable = len(images) - len(self._rows)
+        self._check_readable()
+        self._vectors = kept.vectors
+
+    def _kept_vectors(self) -> Embedded | None:
+        """Those of a run before; mapped from the disk, so that memory holds what is used of them."""
+        from safetensors.torch import load_file
+
+        uri = self.job.vectors_uri
+        if not exists(uri):
+            return None
+        with contextlib.ExitStack() as stack:
+            if is_s3(uri):  # the mapping outlives the file's name
+                path = stack.enter_context(temporary_folder()) / "vectors.safetensors"
+                download(uri, path)
+            else:
+                path = local_path(uri)
+            return Embedded(**load_file(path))
+
+    def _keep_vectors(self, found: Embedded) -> str | None:
+        """By rank 0, through a file: a large object reaches a store in parts. Says where a disk is full."""
+        from safetensors.torch import save_file
+
+        def write() -> None:
+            with temporary_folder() as folder:
+                save_file(found._asdict(), folder / "vectors.safetensors")
+                upload(folder / "vectors.safetensors", self.job.vectors_uri)
+
+        return full_disk(write, tempfile.gettempdir()) if self._rank == 0 else None
 
     def _pairs(self, batches: list[NDArray[np.int64]], epoch: int) -> Iterator[PairBatch]:
         import torch

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from for_ray.errors import DataError, StorageError
@@ -174,6 +174,34 @@ def lance_refusals(
 ) -> Iterator[None]:
     """Turn what Lance raises into a `StorageError`."""
     try:
+def full_disk(write: Callable[[], object], place: str) -> str | None:
+    """Write; where a disk is full, which it still is when a worker is started again, say so in one line.
+
+    Args:
+        write: What is called; what else it raises goes through.
+        place: What cannot be written, where the error does not name it.
+    """
+    try:
+        write()
+    except Exception as error:
+        cause = _full_disk_behind(error)
+        if cause is None:
+            raise
+        return str(error if isinstance(error, StorageError) else disk_refusal(cause, "write", place))
+    return None
+
+
+def _full_disk_behind(error: BaseException | None) -> OSError | None:
+    """What the disk said: torch and we chain it, safetensors has it in words alone."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return error
+        if f"(os error {errno.ENOSPC})" in str(error):
+            return OSError(errno.ENOSPC, str(error))
+        error = error.__cause__ or error.__context__
+    return None
+
+
         yield
     except (OSError, ValueError, RuntimeError) as error:
         # Lance ends its messages with the place in its own source.

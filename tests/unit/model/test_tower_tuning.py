@@ -21,12 +21,14 @@ from for_ray.model.tower_tuning import (
     PairObjective,
     TowerTrainer,
     TuneSettings,
+    checkpoint_activations,
     embed,
     image_parameters,
     load_clip,
     save_tuned,
 )
 from for_ray.model.trainer import HaltedError
+from tests.unit.model.conftest import CONFIGS, make_clip
 
 ADAM = AdamWSettings(lr=1e-4, lr_end=1e-5, num_steps=3)
 NUM_CLASSES, SIZE = 3, 64
@@ -119,6 +121,54 @@ def test_a_vision_transformer_has_blocks_too():
     blocks = {name.split(".")[2] for name in found if name.startswith("transformer.")}
     assert blocks == {"10", "11"}
     assert {name.split(".")[0] for name in found} == {"transformer", "ln_post"}
+
+
+def stepped(kind: str, settings: TuneSettings, *, is_checkpointed: bool) -> tuple[TowerTrainer, int]:
+    """A tiny tower after two steps, and the bytes that the second kept for its gradients."""
+    clip, rng = make_clip(CONFIGS[kind]), torch.Generator().manual_seed(5)
+    if is_checkpointed:
+        checkpoint_activations(clip, settings.recipe)
+    vectors = torch.nn.functional.normalize(torch.randn(6, 24, generator=rng), dim=1)
+    if settings.recipe == "realign":
+        batch = PairBatch(torch.randint(1, 1000, (6, 77), generator=rng), vectors, 0)
+        trainer = TowerTrainer(PairObjective(clip), settings, ADAM)
+    else:
+        is_own = torch.eye(6, dtype=torch.bool)
+        pixels = torch.randn(6, 3, SIZE, SIZE, generator=rng)
+        batch = ImageBatch(pixels, torch.arange(6) % 3, torch.ones(6, dtype=torch.bool), vectors, is_own)
+        trainer = TowerTrainer(ClassObjective(clip, NUM_CLASSES, 24, settings), settings, ADAM)
+    kept: dict[int, tuple[torch.Tensor, int]] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = (tensor, tensor.untyped_storage().nbytes())
+        return tensor
+
+    trainer.step(batch, step=0)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        trainer.step(batch, step=1)
+    own = {value.data_ptr() for value in clip.parameters()}
+    return trainer, sum(num_bytes for place, (_, num_bytes) in kept.items() if place not in own)
+
+
+@pytest.mark.parametrize("kind", ["class_token", "map"])
+@pytest.mark.parametrize(
+    "settings", [TuneSettings("mcip"), TuneSettings("gpr", num_blocks=1), TuneSettings("realign")]
+)
+def test_checkpointed_activations_change_no_weight_and_are_fewer(kind, settings):
+    (with_it, few), (without, many) = (stepped(kind, settings, is_checkpointed=yes) for yes in (True, False))
+    assert set(with_it.trained) == set(without.trained)
+    for name, value in without.trained.items():
+        torch.testing.assert_close(with_it.trained[name].grad, value.grad)
+        torch.testing.assert_close(with_it.trained[name], value)
+    assert few < 0.8 * many
+
+
+def test_a_resnet_cannot_checkpoint_its_activations_and_its_text_tower_can(bundle):
+    clip = load_clip(bundle)
+    with pytest.raises(ConfigError, match=r"^--grad-checkpointing: the image tower has none in open_clip"):
+        checkpoint_activations(clip, "gpr")
+    checkpoint_activations(clip, "realign")
+    assert clip.transformer.grad_checkpointing
 
 
 def test_realign_trains_the_text_tower_alone(bundle):
