@@ -68,8 +68,8 @@ class TowerTuning(Tuning):
         self.bundle = open_bundle(
             settings.encoder or DEFAULT_ENCODER, head="clip", image_size=settings.image_size
         )
-        with progress.stage("read") as update:
         self._check_checkpointing()
+        with progress.stage("read") as update:
             self.towers: TowerSet = read_set(settings, self.bundle, progress.say)
             self.val: TowerVal | None = read_val(settings, self.bundle, progress.say)
             update(len(self.towers.images))
@@ -107,8 +107,8 @@ class TowerTuning(Tuning):
             val=self.val,
             read_threads=settings.read_threads,
             max_bad_fraction=settings.max_bad_fraction,
-        )
             grad_checkpointing=settings.grad_checkpointing,
+        )
 
     def check_images(self) -> None:
         """Look at some of the images: an epoch is late to find out that they lie elsewhere.
@@ -182,7 +182,6 @@ class TowerTuning(Tuning):
             num_missing=0,
         )
 
-    def _check_batches(self) -> None:
     def _check_checkpointing(self) -> None:
         """Refuse it before the model is built."""
         from for_ray.model.tower_tuning import no_checkpointing
@@ -196,6 +195,7 @@ class TowerTuning(Tuning):
         if settings.grad_checkpointing and is_refused:
             raise ConfigError(no_checkpointing("text" if settings.recipe == "realign" else "image"))
 
+    def _check_batches(self) -> None:
         smallest = len(self.towers.images) // self._num_steps()
         if smallest < self.settings.workers:
             raise DataError(

@@ -168,12 +168,6 @@ def disk_refusals(action: str, uri: str | os.PathLike[str]) -> Iterator[None]:
         raise disk_refusal(error, action, os.fspath(uri)) from error
 
 
-@contextmanager
-def lance_refusals(
-    table_uri: str, *, remedy: str = "check the uri, the credentials and the endpoint"
-) -> Iterator[None]:
-    """Turn what Lance raises into a `StorageError`."""
-    try:
 def full_disk(write: Callable[[], object], place: str) -> str | None:
     """Write; where a disk is full, which it still is when a worker is started again, say so in one line.
 
@@ -202,6 +196,12 @@ def _full_disk_behind(error: BaseException | None) -> OSError | None:
     return None
 
 
+@contextmanager
+def lance_refusals(
+    table_uri: str, *, remedy: str = "check the uri, the credentials and the endpoint"
+) -> Iterator[None]:
+    """Turn what Lance raises into a `StorageError`."""
+    try:
         yield
     except (OSError, ValueError, RuntimeError) as error:
         # Lance ends its messages with the place in its own source.
