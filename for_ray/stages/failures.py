@@ -42,7 +42,8 @@ def failures(stage: str) -> Iterator[None]:
 def crash_of(error: BaseException) -> str | None:
     """What killed the process of a task, or took its results away, as often as Ray tries again.
 
-    None where the error is another one: raised by a function, or the death of an actor at its work.
+    None where the error is another one: raised by a function, or the death of an actor at its work. A
+    function that waits for another task, or for its result, raises that one's crash.
     """
     from ray import exceptions
 
@@ -65,7 +66,7 @@ def crash_of(error: BaseException) -> str | None:
     # Of some errors of tasks, such as the death of an actor that one waited for, Ray brings the text alone.
     is_of_task = isinstance(error, exceptions.RayTaskError | exceptions.UnserializableException)
     named = _named_error(error) if is_of_task else None
-    if named is None or named[1] != "ray.exceptions.":
+    if named is None or named[1] != "ray.exceptions." or named[2] == "UserCodeException":
         return None
     # A task whose input went with its node, and the actor that could make it again, or list it, is no more.
     return RESULTS_LOST if named[2].startswith(("ActorDied", "Object")) else _cause(error)
@@ -74,10 +75,11 @@ def crash_of(error: BaseException) -> str | None:
 def _cause(error: BaseException) -> str:
     """The last "SomeError: message" of a worker's traceback that is not Ray's own, in one line."""
     lines = _lines(error)
-    for line in reversed(lines):
-        found = _ERROR.fullmatch(line)
-        if found and not found[1].startswith("ray."):
-            return found[3] if found[1].startswith("for_ray.") else f"{found[2]}: {found[3]}"
+    for found in filter(None, map(_ERROR.fullmatch, reversed(lines))):
+        if found[1].startswith("for_ray.") and found[3]:
+            return found[3]
+        if not found[1].startswith("ray."):
+            return f"{found[2]}: {found[3]}" if found[3] else found[2]
     if _is_death_of_actor(error):
         return DEAD_ENCODER
     return lines[-1] if lines else type(error).__name__
@@ -86,7 +88,11 @@ def _cause(error: BaseException) -> str:
 _NEVER_RAN = "The actor never ran - it was cancelled before it started running."
 """The last line of ray 2.60's `ActorDiedError` where no process is to blame."""
 
-_ERROR = re.compile(r"((?:\w+\.)*)(\w+(?:Error|Exception)): (.+)")
+_ERROR = re.compile(r"((?:\w+\.)*)((?<=\.refusals\.)\w+|\w+(?:Error|Exception))(?:: (.+))?")
+
+_CHAINED = "\nThe above exception was the direct cause of the following exception:\n"
+_WRAPPED = "ray.exceptions.UserCodeException: "
+"""What Ray Data raises in place of the error of a function, whose own text stands above it."""
 
 
 def _named_error(error: BaseException) -> re.Match[str] | None:
@@ -95,7 +101,10 @@ def _named_error(error: BaseException) -> re.Match[str] | None:
 
 
 def _lines(error: BaseException) -> list[str]:
-    return [line.strip() for line in str(error).splitlines() if line.strip()]
+    """Of the error's text; where Ray Data wrapped the error of a function, of that one's."""
+    own, chained, wrapping = str(error).rpartition(_CHAINED)
+    text = own if chained and _WRAPPED in wrapping else str(error)
+    return [line.strip() for line in text.splitlines() if line.strip()]
 
 
 def _is_death_of_actor(error: BaseException) -> bool:

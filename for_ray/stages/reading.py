@@ -1,6 +1,7 @@
 """Reading a block of images: each object is fetched, bound to its etag, and decoded into pixels.
 
-What a row can't be blamed for (the network, the credentials) is raised; what it can becomes its `error`.
+What a row can't be blamed for (the network, the credentials) is raised; what it can, such as a uri that no
+object can have, becomes its `error`.
 """
 
 from __future__ import annotations
@@ -15,11 +16,18 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from for_ray.errors import DataError, StorageError
+from for_ray.errors import ConfigError, DataError, ForRayError, StorageError
 from for_ray.model.preprocess import decode
 from for_ray.stages.apart import Apart, Decode
 from for_ray.stages.blocks import CHANGED, GONE, OK, ImageJob
-from for_ray.storage import ObjectChanged, ObjectDenied, ObjectGone, read_image
+from for_ray.storage import (
+    NotAnObject,
+    ObjectChanged,
+    ObjectDenied,
+    ObjectGone,
+    list_objects,
+    read_image,
+)
 
 _DENIED = -1
 """The `status` of a row of which it is not known yet whether others can be read."""
@@ -38,15 +46,17 @@ def read_block(block: pa.Table, *, job: ImageJob, is_apart: bool = False) -> pa.
         have pixels come first, so that the encoder sees them in one piece.
 
     Raises:
-        StorageError: The store refused all rows, or the network failed again and again.
+        StorageError: The store refused all rows and to list where they lie, or the network failed again and
+            again.
     """
     size = job.image_size
     pixels = np.zeros((block.num_rows, 3, size, size), np.uint8)
-    rows = zip(range(block.num_rows), block["uri"].to_pylist(), block["etag"].to_pylist(), strict=True)
+    uris = block["uri"].to_pylist()
+    rows = zip(range(block.num_rows), uris, block["etag"].to_pylist(), strict=True)
     num_threads = min(job.read_threads, max(block.num_rows, 1))
     with _decoder(job, is_apart=is_apart) as decode_with, ThreadPoolExecutor(num_threads) as pool:
         outcomes = list(pool.map(partial(_read_row, pixels=pixels, decode_with=decode_with), rows))
-    outcomes = _with_denied(outcomes)
+    outcomes = _with_denied(outcomes, uris)
     columns = list(zip(*outcomes, strict=True)) or [(), (), (), ()]
     for name, kind, values in zip(_READ_COLUMNS, _READ_COLUMNS.values(), columns, strict=True):
         block = block.append_column(name, pa.array(values, kind))
@@ -85,18 +95,31 @@ def _read_row(row: tuple[int, str, str], *, pixels: NDArray[np.uint8], decode_wi
         return None, None, None, CHANGED
     except ObjectDenied as error:
         return None, None, str(error), _DENIED
-    except DataError as error:
+    except (ConfigError, DataError, NotAnObject) as error:  # the first where the uri names no place
         return None, None, str(error), OK
     pixels[position] = decoded.pixels
     return decoded.width, decoded.height, None, OK
 
 
-def _with_denied(outcomes: list[_Outcome]) -> list[_Outcome]:
-    """What may not be read is quarantined; where none of several may be, it is the credentials' fault."""
+def _with_denied(outcomes: list[_Outcome], uris: list[str]) -> list[_Outcome]:
+    """What may not be read is quarantined, but where it is the credentials' fault.
+
+    It is where none of several rows may be read, nor the place of the first be listed. Where it may be, the
+    objects are another owner's, say, and `max_bad_fraction` says how many may.
+    """
     denied = [reason for _, _, reason, status in outcomes if status == _DENIED]
-    if len(denied) == len(outcomes) > 1:
+    if len(denied) == len(outcomes) > 1 and not _can_list(uris[0].rpartition("/")[0]):
         raise StorageError(denied[0])
     return [_quarantined(outcome) if outcome[3] == _DENIED else outcome for outcome in outcomes]
+
+
+def _can_list(uri: str) -> bool:
+    """Whether a folder, or a prefix, may be listed: on S3, one request."""
+    try:
+        next(list_objects(uri or "/"), None)
+    except ForRayError:
+        return False
+    return True
 
 
 def _quarantined(denied: _Outcome) -> _Outcome:

@@ -16,6 +16,7 @@ from typing import NamedTuple
 from for_ray.errors import DataError, StorageError
 from for_ray.storage.refusals import (
     ConditionFailed,
+    NotAnObject,
     ObjectChanged,
     ObjectDenied,
     ObjectGone,
@@ -28,6 +29,10 @@ ETAG_PREFIX = "mtime-"
 """A manifest may carry any etag for a file on disk; only one that starts so is compared with the file."""
 
 PAGE_LENGTH = 1000
+
+_RIGHTS = (errno.EACCES, errno.EPERM)
+_NO_FILES = (errno.EISDIR, errno.ENXIO, errno.ELOOP, errno.ENAMETOOLONG)
+"""What opening a path may say of this one path, whatever the disk does with others."""
 
 
 class Entry(NamedTuple):
@@ -59,7 +64,9 @@ def list_objects(root: Path) -> Iterator[list[Entry]]:
     """Every file below a folder, in pages, in no order.
 
     A link to a file counts as a file. Each folder is walked once, however many links lead to it, real folders
-    before linked ones. Files that vanish meanwhile are left out, and so are pipes, sockets and devices.
+    before linked ones. Files that vanish meanwhile are left out, and so are pipes, sockets and devices, and
+    what may not be listed of `lost+found` and of folders whose names begin with a dot. Any other folder that
+    may not be listed is an error: its files would seem to be gone.
     Memory: one page, and 100 bytes a folder.
     """
     page: list[Entry] = []
@@ -85,8 +92,14 @@ def _walk(root: Path) -> Iterator[Entry]:
                 seen.add((status.st_dev, status.st_ino))
                 yield from _scan(folder, folders, links)
         except OSError as error:
-            if not isinstance(error, FileNotFoundError) or folder == str(root):
+            if folder == str(root) or not (isinstance(error, FileNotFoundError) or _is_closed(folder, error)):
                 raise disk_refusal(error, "list", folder) from error
+
+
+def _is_closed(folder: str, error: OSError) -> bool:
+    """Whether it is the system's own folder, or a hidden one, and may not be listed."""
+    name = folder.rpartition("/")[2]
+    return error.errno in _RIGHTS and (name == "lost+found" or name.startswith("."))
 
 
 def _scan(folder: str, folders: list[str], links: list[str]) -> Iterator[Entry]:
@@ -134,9 +147,13 @@ def read_bytes(path: Path, etag: str | None, start: int, length: int | None, max
         raise ObjectGone(f"{shown(str(path))} is not there") from error
     except OSError as error:
         refusal = disk_refusal(error, "read", str(path))
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EIO):
+        if error.errno in (*_RIGHTS, errno.EIO):
             raise ObjectDenied(str(refusal)) from error
+        if error.errno in _NO_FILES:
+            raise NotAnObject(str(refusal)) from error
         raise refusal from error
+    except UnicodeEncodeError as error:
+        raise NotAnObject(f"cannot read {shown(str(path))}: the name is no text; check the path") from error
 
 
 def _read(descriptor: int, length: int | None) -> bytes:

@@ -23,6 +23,10 @@ class ObjectDenied(StorageError):  # noqa: N818
     """This object may not be read, or the disk fails to; others may well be."""
 
 
+class NotAnObject(StorageError):  # noqa: N818
+    """No object can be at this uri, whoever asks: too long a name, a folder, a bucket that does not exist."""
+
+
 class ConditionFailed(StorageError):  # noqa: N818
     """A conditional write lost: the object exists already, or has another etag than the caller knew."""
 
@@ -61,7 +65,8 @@ _S3_REASONS = {
     "PermanentRedirect": ("the bucket lies in another region", _REGION),
     "AuthorizationHeaderMalformed": ("the bucket lies in another region", _REGION),
     "IllegalLocationConstraintException": ("the bucket lies in another region", _REGION),
-    "KeyTooLongError": ("the key is longer than the store allows", "choose a shorter prefix"),
+    "KeyTooLongError": ("the key is longer than the store allows", "choose a shorter one"),
+    "InvalidURI": ("the store cannot make out the key", "check the uri"),
     "SlowDown": ("the store still asks to slow down after several tries", _SLOW),
     "Throttling": ("the store still asks to slow down after several tries", _SLOW),
     "RequestTimeout": ("the store still times out after several tries", _SLOW),
@@ -146,6 +151,7 @@ _OS_REASONS = {
     errno.ENAMETOOLONG: ("the name is longer than the file system allows", "choose a shorter one"),
     errno.EMFILE: ("too many files are open", "raise the limit: ulimit -n 65536"),
     errno.ELOOP: ("the links go round in a circle", "remove the link"),
+    errno.ENXIO: ("it is a socket or a device, expected a file", "check the path"),
     errno.EEXIST: ("a file stands where a folder is expected", "check the path"),
 }
 

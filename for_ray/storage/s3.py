@@ -20,6 +20,7 @@ from botocore.exceptions import (
     ClientError,
     ConnectionClosedError,
     IncompleteReadError,
+    ParamValidationError,
     ReadTimeoutError,
     ResponseStreamingError,
 )
@@ -32,6 +33,7 @@ from for_ray.storage import patience
 from for_ray.storage.disk import Entry, replacing
 from for_ray.storage.refusals import (
     ConditionFailed,
+    NotAnObject,
     ObjectChanged,
     ObjectDenied,
     ObjectGone,
@@ -43,6 +45,7 @@ from for_ray.storage.uris import shown, split_s3
 _MOVED = ("PreconditionFailed", "412", "ConditionalRequestConflict", "409")
 _GONE = ("NoSuchKey", "404", "NoSuchVersion")
 _DENIED = ("AccessDenied", "AllAccessDisabled", "403")
+_NO_OBJECTS = ("NoSuchBucket", "InvalidBucketName", "InvalidURI", "KeyTooLongError")
 _BROKEN_OFF = (ResponseStreamingError, IncompleteReadError, ReadTimeoutError, ConnectionClosedError)
 
 
@@ -183,7 +186,13 @@ def _get(client: Any, uri: str, wanted: dict[str, Any]) -> dict[str, Any]:
         _raise_if_data(uri, error)
         if _code(error) in _DENIED:
             raise ObjectDenied(str(s3_refusal(error, "read", uri, client.meta.endpoint_url))) from error
+        if _code(error) in _NO_OBJECTS:
+            raise NotAnObject(str(s3_refusal(error, "read", uri, client.meta.endpoint_url))) from error
         raise
+    except ParamValidationError as error:
+        raise NotAnObject(str(s3_refusal(error, "read", uri, client.meta.endpoint_url))) from error
+    except UnicodeEncodeError as error:
+        raise NotAnObject(f"cannot read {shown(uri)}: the name is no text; check the uri") from error
     return answer
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from for_ray.errors import DataError, ForRayError, StorageError
-from for_ray.storage import ObjectDenied, download, list_objects, read_bytes, write_bytes
+from for_ray.storage import NotAnObject, ObjectDenied, download, list_objects, read_bytes, write_bytes
 from for_ray.storage.patience import NUM_ATTEMPTS
 
 pytestmark = pytest.mark.s3
@@ -112,6 +112,8 @@ def test_lasting_trouble_ends_with_one_line(store, trouble, reason):
         ("507 InsufficientStorage", StorageError, "the store is full"),
         ("418 Teapot", StorageError, r"the store at http://127\S+ answered Teapot: scripted"),
         ("403 InvalidObjectState", DataError, r"is archived \(Glacier\); restore it first"),
+        ("404 NoSuchBucket", NotAnObject, "the bucket does not exist; check its name"),
+        ("400 KeyTooLongError", NotAnObject, "the key is longer than the store allows; choose a shorter one"),
         ("404 NoSuchKey", DataError, "is not there"),
         ("412 PreconditionFailed", DataError, "has changed since it was listed"),
     ],
@@ -123,6 +125,14 @@ def test_permanent_trouble_is_asked_once(store, trouble, kind, reason):
     assert isinstance(caught.value, ForRayError)
     assert "\n" not in str(caught.value)
     assert store.num_requests == 1
+
+
+@pytest.mark.parametrize("uri", ["s3://bucket/", "s3://not a bucket/a.jpg"])
+def test_a_uri_that_no_object_can_have_is_not_asked_for(store, uri):
+    store.script = ["ok"]
+    with pytest.raises(NotAnObject, match=r"cannot read s3://.*: the name is not valid .*; check the uri"):
+        read_bytes(uri, etag="etag")
+    assert store.num_requests == 0
 
 
 def test_attempts_can_be_set(store, monkeypatch):

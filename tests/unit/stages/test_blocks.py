@@ -31,6 +31,7 @@ from for_ray.stages.blocks import (
 )
 from for_ray.stages.reading import read_block
 from for_ray.storage import stat
+from tests.rights import open_folder, without_rights
 
 MODEL = {
     "embed_dim": 32,
@@ -109,8 +110,45 @@ def test_an_image_that_may_not_be_read_is_quarantined_beside_others(job, listed)
         assert block["error"][-1].as_py().startswith("cannot read /proc/self/mem: ")
         assert block["error"][-1].as_py().endswith("; then run with --retry-quarantined")
     assert block["width"].to_pylist() == [None]
-    with pytest.raises(StorageError, match="cannot read /proc/self/mem"):
-        read_block(pa.concat_tables([listed.slice(1)] * 2), job=job)
+
+
+def test_objects_of_another_owner_are_quarantined_where_their_place_may_be_listed(job, listed):
+    with open_folder() as folder:
+        uris = [str(folder / name) for name in ("a.jpg", "b.jpg")]
+        for uri in uris:
+            Path(uri).touch(mode=0)
+        rows = listed.slice(0, 2).set_column(0, "uri", [uris]).set_column(1, "etag", [["x", "x"]])
+        with without_rights():
+            block = read_block(rows, job=job)
+        told = "permission is denied; change the permissions or the user; then run with --retry-quarantined"
+        assert block["error"].to_pylist() == [f"cannot read {uri}: {told}" for uri in uris]
+        assert block["status"].to_pylist() == [OK, OK]
+        folder.chmod(0)
+        with without_rights(), pytest.raises(StorageError, match=f"cannot read {uris[0]}: permission is"):
+            read_block(rows, job=job)
+        folder.chmod(0o755)
+
+
+def test_a_uri_that_names_no_object_costs_its_row_alone(job, listed, tmp_path):
+    (tmp_path / "circle.jpg").symlink_to(tmp_path / "circle.jpg")
+    uris = [
+        listed["uri"][0].as_py(),
+        str(tmp_path / "circle.jpg"),
+        str(tmp_path),
+        f"{tmp_path}/{'n' * 300}.jpg",
+        "/n" * 3000,
+        "s3:///1.jpg",
+        f"{tmp_path}/a\0.jpg",
+    ]
+    rows = listed.set_column(0, "uri", [uris]).set_column(1, "etag", [["x"] * 7])
+    block = read_block(rows, job=job)
+    assert block["uri"].to_pylist() == uris
+    assert block["status"].to_pylist() == [OK] * 7
+    assert block["width"].to_pylist() == [50] + [None] * 6
+    reasons = ["links go round", "is a folder", "is longer", "is longer", "names no bucket", "is no path"]
+    errors = block["error"].to_pylist()
+    assert errors[0] is None
+    assert [reason in error for reason, error in zip(reasons, errors[1:], strict=True)] == [True] * 6
 
 
 def test_rows_are_stored_once_with_vectors_boxes_and_metadata(job, listed, tmp_path):

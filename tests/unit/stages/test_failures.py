@@ -37,6 +37,23 @@ The object is gone."""
 OF_A_READER = """Traceback (most recent call last):
 ray.exceptions.OutOfMemoryError: memory ran out on its worker"""
 WRAPPED = f"Failed to process the following data block:\n{NEVER_RAN}"
+OF_A_FUNCTION = """\x1b[36mray::MapBatches(measured_read)()\x1b[39m (pid=1, ip=192.0.2.2)
+  File "blocks.py", line 1, in read_block
+{raised}
+
+The above exception was the direct cause of the following exception:
+
+\x1b[36mray::MapBatches(measured_read)()\x1b[39m (pid=1, ip=192.0.2.2)
+ray.exceptions.UserCodeException: UDF failed to process a data block.
+Failed to apply UDF transform after 1/4 attempts (total backoff 0.0s).
+To change retry attempts, backoff, or which errors are retried, configure \
+`ray.data.DataContext.get_current()` (`retried_io_errors` for I/O; `retried_map_errors` and \
+`max_map_retries` for any task) if you believe this to be transient."""
+FULL = "OSError: [Errno 28] No space left on device: '/images'"
+DIED = "ray.exceptions.WorkerCrashedError: The worker died unexpectedly while executing this task."
+DIED_ACTOR = """ray.exceptions.ActorDiedError: The actor died unexpectedly before finishing this task.
+\tclass_name: Counter
+The actor is dead because its worker process has died."""
 RAISED = """Traceback (most recent call last):
   File "blocks.py", line 1, in read_block
 for_ray.errors.StorageError: cannot read s3://b/k: access denied"""
@@ -45,6 +62,35 @@ for_ray.errors.StorageError: cannot read s3://b/k: access denied"""
 def never_started() -> ActorDiedError:
     cause = ActorDiedErrorContext(actor_id=16 * b"a", error_message="", never_started=True)
     return ActorDiedError(cause)
+
+
+def of_a_function(raised: str) -> RayTaskError:
+    """What Ray Data raises where a function of a map did; tests/ray/test_failures.py lets it."""
+    cause = UserCodeException("UDF failed to process a data block.")
+    return RayTaskError("read", OF_A_FUNCTION.format(raised=raised), cause).as_instanceof_cause()
+
+
+@pytest.mark.parametrize(
+    ("raised", "crash", "reason"),
+    [
+        (FULL, None, FULL),
+        ("for_ray.errors.StorageError: cannot read s3://b/k: denied", None, "cannot read s3://b/k: denied"),
+        ("for_ray.storage.refusals.ObjectDenied: cannot read /a: denied", None, "cannot read /a: denied"),
+        ("KeyError: 'width'", None, "KeyError: 'width'"),
+        ("MemoryError", None, "MemoryError"),
+        ("queue.Empty", None, "queue.Empty"),
+        (DIED, "The worker died unexpectedly", "The worker died unexpectedly while executing this task."),
+        (DIED_ACTOR, "results went with their node", "its worker process has died"),
+    ],
+)
+def test_the_error_of_a_function_is_no_crash_unless_it_waited_for_what_died(raised, crash, reason):
+    error = of_a_function(raised)
+    assert crash_of(error) is None if crash is None else crash in crash_of(error)
+    with pytest.raises(StageError) as caught, failures("encode"):
+        raise error
+    assert str(caught.value).startswith("encode: ")
+    assert reason in str(caught.value)
+    assert crash is not None or str(caught.value) == f"encode: {reason}"
 
 
 @pytest.mark.parametrize(

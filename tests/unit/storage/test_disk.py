@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from for_ray.errors import DataError, StorageError
 from for_ray.storage import (
     ConditionFailed,
+    NotAnObject,
     ObjectChanged,
     ObjectGone,
     check_writable,
@@ -24,6 +26,7 @@ from for_ray.storage import (
     upload,
     write_bytes,
 )
+from tests.rights import open_folder, without_rights
 
 ODD_NAMES = [
     "a b.jpg",
@@ -95,6 +98,40 @@ def test_pipes_and_devices_are_neither_listed_nor_read(tmp_path):
     for path in (tmp_path / "pipe.jpg", Path("/dev/zero"), tmp_path):
         with pytest.raises((DataError, StorageError), match=r"is not a file|is a folder"):
             read_bytes(str(path))
+
+
+def test_a_path_that_no_file_can_have_says_why(tmp_path):
+    (tmp_path / "circle.jpg").symlink_to(tmp_path / "circle.jpg")
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(tmp_path / "socket.jpg"))
+        for path, reason in (
+            (tmp_path, "it is a folder, expected a file"),
+            (tmp_path / "circle.jpg", "the links go round in a circle"),
+            (tmp_path / "socket.jpg", "it is a socket or a device, expected a file"),
+            (tmp_path / ("n" * 300), "the name is longer than the file system allows"),
+            ("/n" * 3000, "the name is longer than the file system allows"),
+            (tmp_path / "\ud800.jpg", "the name is no text"),
+        ):
+            with pytest.raises(NotAnObject, match=f"^cannot read .*: {reason}; .*") as caught:
+                read_bytes(str(path))
+            assert str(caught.value).isprintable()
+
+
+def test_of_folders_that_may_not_be_listed_only_those_without_images_are_passed_over():
+    with open_folder() as root:
+        (root / "a.jpg").touch()
+        for name in ("lost+found", ".Trash-0"):
+            (root / name).mkdir(mode=0)
+        with without_rights():
+            assert set(listed(root)) == {str(root / "a.jpg")}
+        (root / "february").mkdir(mode=0)
+        with without_rights(), pytest.raises(StorageError, match=r"cannot list .*/february: permission is"):
+            listed(root)
+        (root / "february").rmdir()
+        root.chmod(0)
+        with without_rights(), pytest.raises(StorageError, match="permission is denied"):
+            listed(root)
+        root.chmod(0o755)
 
 
 def test_etags_change_with_the_file(tmp_path):
@@ -260,7 +297,7 @@ def test_files_are_copied_whole(tmp_path):
     assert [path.name for path in (tmp_path / "there").iterdir()] == ["copy"]
 
 
-@pytest.mark.parametrize("kind", [ObjectGone, ObjectChanged, ConditionFailed])
+@pytest.mark.parametrize("kind", [ObjectGone, ObjectChanged, NotAnObject, ConditionFailed])
 def test_errors_leave_a_worker(kind):
     again = pickle.loads(pickle.dumps(kind("a message")))
     assert type(again) is kind
