@@ -154,21 +154,6 @@ def delete_rows(table: Any, predicate: str) -> None:
         commit(lambda: table.delete(predicate) or True, find=table.checkout_latest)
 
 
-def check_columns(table: Any, schema: pa.Schema) -> None:
-    """Refuse metadata columns that the table holds with another type.
-
-    Raises:
-        DataError: A column has another type than it had.
-    """
-    known = {field.name: field.type for field in table.schema}
-    for field in schema:
-        if field.name in known and known[field.name] != field.type:
-            raise DataError(
-                f"{table.uri}: the column {field.name!r} has been {known[field.name]} and is {field.type} in "
-                "the manifest; give it its old type, or another name"
-            )
-
-
 def add_missing_columns(table: Any, schema: pa.Schema) -> None:
     """Give the table the metadata columns of a manifest that it does not have yet; old rows get nulls."""
     known = set(table.schema.names)

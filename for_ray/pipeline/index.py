@@ -38,7 +38,7 @@ from for_ray.stages.listing import Listing, write_listing
 from for_ray.stages.progress import Progress
 from for_ray.stages.report import IndexSummary
 from for_ray.stages.sweep import finish_removals, is_removed
-from for_ray.storage import Lease, canonical_uri, check_writable, exists, join_uri, temporary_folder
+from for_ray.storage import Lease, canonical_uri, check_writable, exists, join_uri, shown, temporary_folder
 
 
 def run_index(settings: IndexSettings, *, progress: Progress) -> IndexSummary:
@@ -84,6 +84,7 @@ class _Run:
         self.layout = Layout(canonical_uri(settings.index))
         self.run_id = secrets.token_hex(4)
         self.holds_lease = False
+        self.new_columns: list[str] = []  # of a manifest, which the table of encoded images lacks
         self.latest = snapshots.find_latest(self.layout)
         own = self.layout.bundle_uri(self.latest.fingerprint) if self.latest else None
         self.bundle = open_encoder(settings, own=own)
@@ -115,8 +116,8 @@ class _Run:
         """The dry run: list, diff, and the layout that the index would have."""
         if self.base is None:
             self._check_weights()
-        listing = self._list()
         images = self._open_images()
+        listing = self._list(images)
         gap = self._diff(listing, images)
         held = table.count_held(images, 0) if images is not None else Spread(0)
         per_image = held.num_vectors / held.num_images if held.num_vectors else self.bundle.num_slots
@@ -217,9 +218,7 @@ class _Run:
         check_weights(self.bundle)
 
     def _compare(self, images: Any) -> tuple[Listing, Gap]:
-        listing = self._list()
-        if images is not None:
-            table.check_columns(images, listing.metadata)
+        listing = self._list(images)
         gap = self._diff(listing, images)
         self.found.listing, self.found.gap, self.found.images = listing, gap, images
         if too_many := self._too_many_gone(listing, gap):
@@ -238,10 +237,13 @@ class _Run:
             most=self.settings.max_gone_fraction,
         )
 
-    def _list(self) -> Listing:
+    def _list(self, images: Any) -> Listing:
         folder = self.folder / secrets.token_hex(4)
         with self.progress.stage("list") as update:
-            return write_listing(self.images_uri, folder, progress=update)
+            known = images.schema if images is not None else None
+            listing = write_listing(self.images_uri, folder, known=known, progress=update)
+        self.new_columns = [name for name in listing.metadata.names if known and name not in known.names]
+        return listing
 
     def _diff(self, listing: Listing, images: Any) -> Gap:
         rows = table.scan_state(images) if images is not None else iter(())
@@ -294,8 +296,17 @@ class _Run:
         message: str,
         plans: dict[str, Capacity] | None = None,
     ) -> IndexSummary:
-        if listing.num_ignored:
-            message += f"; {listing.num_ignored:,} objects are no images by their names, and were ignored"
+        if self.new_columns and gap.num_unchanged:
+            named = ", ".join(map(shown, self.new_columns))
+            message += (
+                f"; {gap.num_unchanged:,} unchanged images have no value in {named}, new in the manifest: "
+                "metadata is taken when an image is encoded"
+            )
+        if listing.ignored is not None:
+            message += (
+                f"; {listing.num_ignored:,} objects are no images by their names, and were ignored, like "
+                f"{shown(listing.ignored)}"
+            )
         return IndexSummary.of(
             snapshot,
             listed=listing.num_listed,
@@ -303,6 +314,7 @@ class _Run:
             changed=gap.num_changed,
             gone=gap.num_gone,
             unchanged=gap.num_unchanged,
+            ignored=listing.num_ignored,
             seconds=round(self.found.seconds, 3),
             images_per_second=round(self.found.images_per_second, 1),
             message=message,

@@ -3,7 +3,7 @@
 An image is *new* if the table has no row of its uri, *changed* if the row has another etag, *gone* if only
 the table knows it, *unchanged* otherwise. A quarantined image whose etag is the same is unchanged too, unless
 it is to be tried again: then it is changed.
-Metadata columns of a manifest are not compared.
+Metadata columns of a manifest are not compared: an image keeps what it was encoded with.
 """
 
 from __future__ import annotations
@@ -68,11 +68,11 @@ class Gap:
         return self.num_new + self.num_changed
 
     def changed_image_ids(self, length: int = 10_000) -> Iterator[NDArray[np.int64]]:
-        """Rows of the table to delete because the image is another now; int64 [<= `length`] each."""
+        """Rows of the table to delete since the image is another now, ascending; int64 [<= `length`] each."""
         return _read_ids(self._folder / "changed.ids", length)
 
     def gone_image_ids(self, length: int = 10_000) -> Iterator[NDArray[np.int64]]:
-        """Rows of the table to delete because their image is gone, or doubled; int64 [<= `length`] each."""
+        """Rows of the table to delete because their image is gone, or doubled; as `changed_image_ids`."""
         return _read_ids(self._folder / "gone.ids", length)
 
 
@@ -237,6 +237,15 @@ def _read_ids(path: Path, length: int) -> Iterator[NDArray[np.int64]]:
             yield ids
 
 
+def _sort_ids(path: Path) -> None:
+    """Sort a file of int64 in place: a commit of neighbouring ids touches few of the table's files."""
+    with disk_refusals("write", path):
+        if path.stat().st_size:
+            ids = np.memmap(path, np.int64, "r+")
+            ids.sort()
+            ids.flush()
+
+
 class _GapWriter:
     """Gathers the parts' rows into files of about `ROWS_PER_FILE`, and image ids into two files of int64."""
 
@@ -266,6 +275,9 @@ class _GapWriter:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._changed.close()
         self._gone.close()
+        if kind is None:
+            _sort_ids(self._folder / "changed.ids")
+            _sort_ids(self._folder / "gone.ids")
         if kind is None and self._num_rows:
             self._write()
 

@@ -52,11 +52,13 @@ class Listing:
     Args:
         rows: `LISTING_SCHEMA` and the metadata columns, on this disk.
         num_ignored: Objects that are neither images, nor tars, nor manifests; hidden ones too.
-        metadata: The manifest's other columns; empty without a manifest.
+        ignored: The uri of one of them; None where there are none.
+        metadata: The manifest's other columns that have a value; empty without a manifest.
     """
 
     rows: Spill
     num_ignored: int
+    ignored: str | None
     metadata: pa.Schema
 
     @property
@@ -65,14 +67,24 @@ class Listing:
         return self.rows.num_rows
 
 
+def is_hidden(name: str) -> bool:
+    """Whether an object is ignored for a dot in front of its name, or of a folder's; below the root."""
+    return name.startswith(".") or "/." in name
+
+
 def write_listing(
-    images_uri: str, folder: Path, *, progress: Callable[[int], None] = lambda _: None
+    images_uri: str,
+    folder: Path,
+    *,
+    known: pa.Schema | None = None,
+    progress: Callable[[int], None] = lambda _: None,
 ) -> Listing:
     """List all images, streaming: memory does not grow with their number.
 
     Args:
         images_uri: A folder, a prefix, a manifest, a folder of manifests, or one tar.
         folder: Where rows are kept on this disk: about 50 bytes an image. The caller removes it.
+        known: Columns of the table there is: metadata is of their types.
         progress: Called with the number listed so far, about once a page.
 
     Raises:
@@ -87,20 +99,31 @@ def write_listing(
         _add(rows, source.images(), progress)
         manifests = source.all_manifests() if rows.num_rows == 0 else []
     if manifests:
-        schema = manifest_schema(manifests[0])
-        metadata = pa.schema(list(schema)[len(LISTING_SCHEMA) :])
+        schema = manifest_schema(manifests, known)
         rows = Spill(folder, schema)
-        _add(rows, (batch for uri in manifests for batch in read_manifest(uri, schema)), progress)
+        batches = (batch for uri in manifests for batch in read_manifest(uri, schema))
+        names = _add(rows, batches, progress)
+        metadata = pa.schema([field for field in list(schema)[len(LISTING_SCHEMA) :] if field.name in names])
     rows.finish()
     if rows.num_rows == 0:
         raise source.nothing_found()
-    return Listing(rows, source.num_ignored + (0 if manifests else source.num_manifests), metadata)
+    if not manifests:
+        source.ignore_manifests()
+    return Listing(rows, source.num_ignored, source.ignored, metadata)
 
 
-def _add(rows: Spill, batches: Iterable[pa.RecordBatch], progress: Callable[[int], None]) -> None:
+def _add(rows: Spill, batches: Iterable[pa.RecordBatch], progress: Callable[[int], None]) -> set[str]:
+    """Add the batches; the names of the columns that have a value."""
+    names: set[str] = set()
     for batch in batches:
         rows.add(batch)
+        names.update(
+            name
+            for name, column in zip(batch.schema.names, batch.columns, strict=True)
+            if column.null_count < len(column)
+        )
         progress(rows.num_rows)
+    return names
 
 
 class _Source:
@@ -109,6 +132,7 @@ class _Source:
     def __init__(self, uri: str) -> None:
         self.uri = uri
         self.num_ignored = 0
+        self.ignored: str | None = None
         self.num_manifests = 0
         self._manifests: list[str] = []
         self._suffixes: set[str] = set()
@@ -143,6 +167,11 @@ class _Source:
                 tars = []
         yield from self._members(tars)
 
+    def ignore_manifests(self) -> None:
+        """Count the Parquet files that `images` met with what was ignored: there are images beside them."""
+        self.num_ignored += self.num_manifests
+        self.ignored = self.ignored or next(iter(self._manifests), None)
+
     def nothing_found(self) -> DataError:
         """The error that says what there was instead of images."""
         expected = "expected files like .jpg, .png or .webp, .tar files of them, or a .parquet manifest"
@@ -166,21 +195,23 @@ class _Source:
         if name.endswith("/"):  # what S3 consoles make for an empty folder
             return False
         suffix = PurePosixPath(name).suffix.lower()
-        is_hidden = name.startswith(".") or "/." in name
-        if not is_hidden and suffix in IMAGE_SUFFIXES:
+        if is_hidden(name):
+            self._ignore(entry.uri, suffix)
+        elif suffix in IMAGE_SUFFIXES:
             return True
-        if not is_hidden and suffix == ".tar":
+        elif suffix == ".tar":
             tars.append(entry)
-        elif not is_hidden and suffix == ".parquet":
+        elif suffix == ".parquet":
             self.num_manifests += 1
             if self.num_manifests <= MAX_MANIFESTS:
                 self._manifests.append(entry.uri)
         else:
-            self._ignore(suffix)
+            self._ignore(entry.uri, suffix)
         return False
 
-    def _ignore(self, suffix: str) -> None:
+    def _ignore(self, uri: str, suffix: str) -> None:
         self.num_ignored += 1
+        self.ignored = self.ignored or uri
         if len(self._suffixes) < 100:
             self._suffixes.add(suffix or "no suffix")
 
@@ -199,17 +230,19 @@ class _Source:
             return True
         name = member.uri[len(tar.uri) + 1 :]
         suffix = PurePosixPath(name).suffix.lower()
-        is_hidden = PurePosixPath(name).name.startswith(".")
-        if is_hidden or suffix not in IMAGE_SUFFIXES:
-            self._ignore(suffix)
+        if PurePosixPath(name).name.startswith(".") or suffix not in IMAGE_SUFFIXES:
+            self._ignore(member.uri, suffix)
             return False
         return True
 
     def _rows(self, entries: list[Entry]) -> Iterator[pa.RecordBatch]:
         """One batch, without the names that are no UTF-8, which no column of text can hold."""
-        named = [entry for entry in entries if _is_text(entry.uri)]
-        for _ in range(len(entries) - len(named)):
-            self._ignore("a name that is not UTF-8")
+        named = []
+        for entry in entries:
+            if _is_text(entry.uri):
+                named.append(entry)
+            else:
+                self._ignore(entry.uri, "a name that is not UTF-8")
         if named:
             yield pa.record_batch(
                 [list(column) for column in zip(*named, strict=True)], schema=LISTING_SCHEMA

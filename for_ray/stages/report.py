@@ -26,6 +26,7 @@ class IndexSummary(BaseModel):
     """What a run found and did; the fields that are not excluded are the job's JSON.
 
     Attributes:
+        ignored: Objects that are no images by their names.
         indexed: Of the snapshot that searches now see; likewise quarantined, vectors and segments.
         snapshot: Its number; None where nothing was ever published.
         recall_at_50: Against exact search; None where there is nothing to find.
@@ -41,6 +42,7 @@ class IndexSummary(BaseModel):
     changed: int
     gone: int
     unchanged: int
+    ignored: int
     indexed: int
     quarantined: int
     vectors: int

@@ -33,8 +33,8 @@ from for_ray.storage import Lease, stat
 
 JOB = Path(__file__).parents[2] / "jobs" / "index.py"
 JSON_KEYS = [
-    *("listed", "new", "changed", "gone", "unchanged", "indexed", "quarantined", "vectors", "segments"),
-    *("snapshot", "recall_at_50", "seconds", "images_per_second"),
+    *("listed", "new", "changed", "gone", "unchanged", "ignored", "indexed", "quarantined"),
+    *("vectors", "segments", "snapshot", "recall_at_50", "seconds", "images_per_second"),
 ]
 
 Run = Any
@@ -123,12 +123,13 @@ def find_all(index_path: Path, query: np.ndarray) -> set[int]:
 def test_a_folder_becomes_an_index(first_run, index, pictures):
     summary, _ = first_run
     counts = summary.model_dump()
-    assert {name: counts[name] for name in JSON_KEYS[:10]} == {
+    assert {name: counts[name] for name in JSON_KEYS[:11]} == {
         "listed": 63,
         "new": 63,
         "changed": 0,
         "gone": 0,
         "unchanged": 0,
+        "ignored": 0,
         "indexed": 60,
         "quarantined": 3,
         "vectors": 240,
@@ -284,6 +285,10 @@ def test_images_that_go_or_change_meanwhile_wait_for_the_next_run(run, images):
     pq.write_table(pa.table(columns).filter(pa.array([name != names[5] for name in names])), manifest)
     second = run(images=str(manifest))
     assert (second.new, second.unchanged, second.indexed) == (1, 18, 19)
+    assert (
+        "; 18 unchanged images have no value in licence, new in the manifest: metadata is taken"
+        in second.message
+    )
     rows = rows_of(index)
     assert (rows[names[3]]["licence"], rows[names[0]]["licence"]) == ("cc", None)
 

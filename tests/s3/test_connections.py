@@ -56,7 +56,7 @@ def test_boto3_pyarrow_and_lance_reach_the_same_bucket(s3_server, bucket_uri, tm
 
     filesystem, path = arrow_filesystem(f"{bucket_uri}/m #1.parquet")
     pq.write_table(rows, path, filesystem=filesystem)
-    assert manifest_schema(f"{bucket_uri}/m #1.parquet").names == ["uri", "etag", "size_bytes"]
+    assert manifest_schema([f"{bucket_uri}/m #1.parquet"]).names == ["uri", "etag", "size_bytes"]
 
     table_uri = f"{bucket_uri}/index/images.lance"
     lance.write_dataset(rows, table_uri, storage_options=lance_options(table_uri))

@@ -9,11 +9,24 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from for_ray.stages.listing import write_listing
+from for_ray.stages.listing import IMAGE_SUFFIXES, write_listing
 from for_ray.storage import list_objects, split_s3, write_bytes
 
 SCRIPT = Path(__file__).parents[2] / "deploy" / "inventory_to_manifest.py"
-NAMES = ["a.jpg", "b b#1.PNG", "ü/c?.jpeg", "d%2F.webp", "notes.txt"]
+NAMES = [
+    *(f"x{suffix}" for suffix in sorted(IMAGE_SUFFIXES)),
+    *("a.JPG", "b b#1.PNG", "ü/c?.jpeg", "d%2F.webp", "k.jpg/b.jpg", "e..jpg"),
+    *(
+        "notes.txt",
+        "jpg",
+        "a.jpg.bak",
+        "a.jpgx",
+        ".hidden.jpg",
+        ".trash/f.jpg",
+        "g/._h.jpg",
+        "i/.trash/j/k.jpg",
+    ),
+]
 
 
 def test_an_inventory_becomes_a_manifest(bucket_uri: str, tmp_path: Path) -> None:
@@ -39,5 +52,5 @@ def test_an_inventory_becomes_a_manifest(bucket_uri: str, tmp_path: Path) -> Non
 
     listed = write_listing(f"{bucket_uri}/frames", tmp_path / "listed").rows.part(0)
     found = write_listing(str(target), tmp_path / "found").rows.part(0)
-    assert found.num_rows == 4
+    assert found.num_rows == len(IMAGE_SUFFIXES) + 6
     assert found.sort_by("uri").to_pylist() == listed.sort_by("uri").to_pylist()

@@ -63,7 +63,7 @@ def test_a_folder_gives_its_images_with_etag_and_size(images, tmp_path):
     listed = write_listing(str(images), tmp_path / "rows")
     assert names_of(listed, images) == set(names)
     assert listed.num_listed == len(names)
-    assert listed.num_ignored == 0
+    assert (listed.num_ignored, listed.ignored) == (0, None)
     assert listed.metadata == pa.schema([])
     for row in rows_of(listed):
         assert row == stat(str(row["uri"]))._asdict()
@@ -75,6 +75,19 @@ def test_other_files_and_hidden_ones_are_counted(images, tmp_path):
     listed = write_listing(str(images), tmp_path / "rows")
     assert names_of(listed, images) == {"a.jpg"}
     assert listed.num_ignored == 7
+    assert listed.ignored.removeprefix(f"{images}/") in {
+        "b.txt",
+        "c",
+        ".d.jpg",
+        ".hidden/e.jpg",
+        "f.jpg.bak",
+    } | {"h.tar.gz"}
+
+
+def test_manifests_beside_images_are_ignored(images, tmp_path):
+    fill(images, "a.jpg", "m.parquet")
+    listed = write_listing(str(images), tmp_path / "rows")
+    assert (listed.num_listed, listed.num_ignored, listed.ignored) == (1, 1, str(images / "m.parquet"))
 
 
 def test_a_hidden_root_is_listed(tmp_path):
@@ -160,6 +173,26 @@ def test_a_manifest_is_taken_at_its_word(tmp_path):
         {"uri": "s3://b/x.jpg", "etag": "e", "size_bytes": None, "camera": "left"},
     ]
     assert listed.rows.schema.names == [*LISTING_SCHEMA.names, "camera"]
+
+
+def test_a_column_without_a_value_is_not_of_the_metadata(tmp_path):
+    columns = {
+        "nothing": pa.nulls(2),
+        "void": pa.nulls(2, pa.float64()),
+        "tags": [[], []],
+        "camera": ["x", None],
+    }
+    write_manifest(tmp_path / "m.parquet", "/a.jpg", "/b.jpg", **columns)
+    listed = write_listing(str(tmp_path / "m.parquet"), tmp_path / "rows")
+    assert listed.metadata == pa.schema([("camera", pa.string())])
+
+
+def test_metadata_is_of_the_types_that_are_known(tmp_path):
+    write_manifest(tmp_path / "m.parquet", "/a.jpg", "/b.jpg", score=[1.0, None])
+    known = pa.schema([("score", pa.int32())])
+    listed = write_listing(str(tmp_path / "m.parquet"), tmp_path / "rows", known=known)
+    assert listed.metadata == known
+    assert [row["score"] for row in rows_of(listed)] == [1, None]
 
 
 @pytest.mark.parametrize("name", ["parts", "m.parquet"])
