@@ -128,8 +128,14 @@ class _Run:
             f"dry run: {gap.num_to_encode:,} images would be encoded, {_num_to_delete(gap):,} rows deleted; "
             "nothing was written"
         )
+        most_bad = self.settings.max_bad_fraction
         if too_many := self._too_many_gone(listing, gap):
             message += f"; a run would be refused: {too_many}"
+        elif gap.num_quarantined > most_bad * listing.num_listed and not self._is_current(gap, images):
+            message += (
+                f"; a run would publish nothing: {gap.num_quarantined:,} images are in quarantine, more than "
+                f"max_bad_fraction {most_bad:g} allows"
+            )
         return self._summary(listing, gap, self.base, message=message, plans=plans)
 
     def close_gap(self) -> IndexSummary:
