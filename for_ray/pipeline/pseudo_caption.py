@@ -5,7 +5,8 @@
 
 The images come first: too many that cannot be read are told before the captions, which may be far more, are
 embedded. The record is written last. The same settings, images and captions again: nothing to do; others in
-the same place are refused. Captions stream: see `stages.caption_vectors` for what 10⁷ of them take.
+the same place are refused. Captions stream, those that some image has, too: see `stages.caption_vectors` for
+what 10⁷ of them take.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,8 +28,8 @@ from for_ray.datasets.spec import open_dataset
 from for_ray.errors import ConfigError, DataError
 from for_ray.model.bundle import Bundle, open_bundle
 from for_ray.stages.caption_table import (
+    CaptionLists,
     CaptionRun,
-    CaptionTable,
     read_record,
     record_uri,
     write_captions,
@@ -97,11 +99,11 @@ class _Run:
             )
         for uri in (output_uri, vectors_uri):
             check_writable(uri)
-        table = self._compare(dataset.uris, captions, vectors_uri, identity)
+        lists, used = self._compare(dataset.uris, captions, vectors_uri, identity)
         with failures("write"), progress.stage("write") as update:
-            write_captions(output_uri, table)
-            update(len(table.uris))
-        return table.run
+            write_captions(output_uri, lists, used)
+            update(len(lists.uris))
+        return lists.run
 
     def _read(self, name: str, num_images: int) -> SpooledCaptions:
         """The captions, on this disk; what is wrong with them is said before anything is computed."""
@@ -115,10 +117,10 @@ class _Run:
 
     def _compare(
         self, uris: pa.ChunkedArray, captions: SpooledCaptions, vectors_uri: str, identity: str
-    ) -> CaptionTable:
-        """The table of images and their nearest captions; those that no image has are left out."""
+    ) -> tuple[CaptionLists, Iterator[pa.Table]]:
+        """The nearest captions of the images, and these captions; those that no image has are left out."""
         from for_ray.model.towers import check_weights
-        from for_ray.stages.caption_vectors import local_vectors, texts_of
+        from for_ray.stages.caption_vectors import captions_at, local_vectors
         from for_ray.stages.pseudo_captions import CaptionIndex
 
         settings, progress, most = self._settings, self._progress, self._settings.captions_per_image
@@ -140,9 +142,8 @@ class _Run:
         of_image = nearest.of_image.select(rows)  # what cannot be read has none, so the cosines stay in place
         of_image = type(of_image)(of_image.offsets, np.searchsorted(used, of_image.values).astype(np.int32))
         found = uris.take(pa.array(rows)).to_pylist()
-        with failures("write"):
-            texts = texts_of(kept, used.astype(np.int64))
-        return CaptionTable(run, found, of_image, nearest.cosines, texts, np.array(vectors[used]))
+        lists = CaptionLists(run, found, of_image, nearest.cosines)
+        return lists, captions_at(kept, vectors, used.astype(np.int64))
 
     def _vectors(self, captions: SpooledCaptions, vectors_uri: str) -> Any:
         """The table of the captions' vectors, of this run or of an earlier one."""

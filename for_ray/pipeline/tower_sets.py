@@ -18,9 +18,10 @@ from for_ray.errors import ConfigError, DataError
 from for_ray.model.bundle import Bundle
 from for_ray.model.encoder_config import EncoderConfig
 from for_ray.model.text import fill
-from for_ray.stages.caption_table import CaptionTable, read_table
+from for_ray.stages.caption_table import CaptionRun, CaptionTable, read_record, read_table
 from for_ray.stages.tower_val import TowerVal
 from for_ray.stages.training_images import TrainingImages
+from for_ray.storage import canonical_uri
 
 Say = Callable[[str], None]
 """Tells a person one line."""
@@ -49,6 +50,48 @@ class TowerSet(NamedTuple):
     of_image: Ragged
     vectors: NDArray[np.float16] | None = None
     texts: tuple[str, ...] = ()
+
+
+def settle_captions(settings: FinetuneSettings) -> FinetuneSettings:
+    """The settings with what is in force for the pseudo-captions: where nothing is set, the table's own.
+
+    Args:
+        settings: The job's.
+
+    Raises:
+        ConfigError: More captions are wanted than the table was made with.
+        DataError: There is no table.
+        StorageError: The store refused.
+    """
+    if settings.captions is None:
+        return settings
+    taken = _taken(settings, read_record(canonical_uri(settings.captions)))
+    return settings.model_copy(
+        update={"caption_threshold": taken.threshold, "captions_per_image": taken.most}
+    )
+
+
+class _Taken(NamedTuple):
+    """Which captions of a table are taken: those of a cosine at least so high, and so many of an image."""
+
+    threshold: float
+    most: int
+
+
+def _taken(settings: FinetuneSettings, run: CaptionRun) -> _Taken:
+    """As it is set, else as the table was made; what was left out of that is not to be had."""
+    threshold, most = settings.caption_threshold, settings.captions_per_image
+    wanted = []
+    if threshold is not None and threshold < run.threshold:
+        wanted.append(f"--caption-threshold {threshold} is below the --threshold {run.threshold}")
+    if most is not None and most > run.most:
+        wanted.append(f"--captions-per-image {most} is above the {run.most}")
+    if wanted:
+        raise ConfigError(
+            f"{' and '.join(wanted)} that {settings.captions} was made with: leave it out, or make another "
+            "table by jobs/pseudo_caption.py"
+        )
+    return _Taken(run.threshold if threshold is None else threshold, run.most if most is None else most)
 
 
 def read_set(settings: FinetuneSettings, bundle: Bundle, say: Say) -> TowerSet:
@@ -170,12 +213,10 @@ def _read_classes(settings: FinetuneSettings, bundle: Bundle, say: Say) -> Tower
     of_image, vectors = Ragged.empty(num_images), None
     if settings.captions is not None:
         table = _read_captions(settings.captions, bundle)
-        asked = uris.to_pylist()
-        of_image = table.nearest(
-            asked, threshold=settings.caption_threshold, most=settings.captions_per_image
-        )
+        taken, asked = _taken(settings, table.run), uris.to_pylist()
+        of_image = table.nearest(asked, threshold=taken.threshold, most=taken.most)
         vectors = table.vectors
-        _tell_captions(settings, of_image, table.holds(asked), say)
+        _tell_captions(settings.captions, taken, of_image, table.holds(asked), say)
     return TowerSet(found.name, images, len(names), of_image, vectors)
 
 
@@ -196,10 +237,9 @@ def _read_captions(output: str, bundle: Bundle) -> CaptionTable:
 
 
 def _tell_captions(
-    settings: FinetuneSettings, of_image: Ragged, is_held: NDArray[np.bool_], say: Say
+    output: str, taken: _Taken, of_image: Ragged, is_held: NDArray[np.bool_], say: Say
 ) -> None:
     """Say how many captions the images have; refuse none at all, and those of other images."""
-    threshold, output = settings.caption_threshold, settings.captions
     if not is_held.any():
         raise DataError(
             f"{output} was made for other images: none of these {len(is_held):,} is in it; run "
@@ -208,14 +248,14 @@ def _tell_captions(
     lengths = np.diff(of_image.offsets)
     if not lengths.any():
         raise DataError(
-            f"no image has a pseudo-caption of cosine {threshold} or more in {output}: "
-            "lower --caption-threshold, there and here, or take --recipe gpr"
+            f"no image has a pseudo-caption of cosine {taken.threshold} or more in {output}: lower "
+            "--caption-threshold, and --threshold of jobs/pseudo_caption.py, or take --recipe gpr"
         )
     num_bare = int((lengths[is_held] == 0).sum())
     say(
-        f"pseudo-captions: {lengths.mean():.1f} an image, {num_bare:,} images without one over "
-        f"{threshold}, {int((~is_held).sum()):,} that are not in {output}: the loss on captions leaves "
-        "these out"
+        f"pseudo-captions: {lengths.mean():.1f} an image, {taken.most} at most, {num_bare:,} images without "
+        f"one over {taken.threshold}, {int((~is_held).sum()):,} that are not in {output}: the loss on "
+        "captions leaves these out"
     )
 
 

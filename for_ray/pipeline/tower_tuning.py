@@ -18,7 +18,7 @@ from for_ray.errors import ConfigError, DataError
 from for_ray.model import catalog
 from for_ray.model.bundle import open_bundle
 from for_ray.pipeline.finetune import DEFAULT_ENCODER, UNDECISIVE, Tuning
-from for_ray.pipeline.tower_sets import TowerSet, look_at_some, read_set, read_val
+from for_ray.pipeline.tower_sets import TowerSet, look_at_some, read_set, read_val, settle_captions
 from for_ray.schema import FinetuneRun
 from for_ray.stages.finetune_report import FinetuneSummary
 from for_ray.stages.progress import Progress
@@ -64,6 +64,7 @@ class TowerTuning(Tuning):
     """One run of the job, of a recipe that tunes towers."""
 
     def __init__(self, settings: FinetuneSettings, progress: Progress) -> None:
+        settings = settle_captions(settings)
         super().__init__(settings, progress)
         self.bundle = open_bundle(
             settings.encoder or DEFAULT_ENCODER, head="clip", image_size=settings.image_size
@@ -167,7 +168,7 @@ class TowerTuning(Tuning):
         decisive = self.settings.model_dump(mode="json", exclude=UNDECISIVE | HEAD_FIELDS | {"captions"})
         captions = hashlib.sha256(towers.of_image.offsets.tobytes() + towers.of_image.values.tobytes())
         captions.update("\n".join(towers.texts).encode())
-        captions.update(towers.vectors.tobytes() if towers.vectors is not None else b"")
+        captions.update(towers.vectors if towers.vectors is not None else b"")
         content = [decisive, self.bundle.fingerprint, digest([towers.images]), captions.hexdigest()]
         if self.val is not None:
             content.append(self.val.digest())

@@ -3,12 +3,18 @@
 <output>/captions.json        the record; written last: where it lies the table is whole
 <output>/captions.parquet     `text` and `vector` of the captions that some image has
 <output>/images.parquet       `uri`, `captions` (rows of captions.parquet), `cosines`; the nearest first
+
+The captions are written and read `CAPTIONS_AT_ONCE` at a time. Memory at D = 768: 0.13 GB to write them,
+however many there are; to read them, 2·D bytes each for their vectors, and 0.05 GB. While they are written,
+they lie on this disk, too.
 """
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -18,7 +24,25 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from for_ray.datasets.labelled import Ragged
 from for_ray.errors import DataError
-from for_ray.storage import canonical_uri, exists, join_uri, read_bytes, shown, write_bytes
+from for_ray.storage import (
+    RangedReader,
+    canonical_uri,
+    exists,
+    join_uri,
+    read_bytes,
+    shown,
+    stat,
+    temporary_folder,
+    upload,
+    write_bytes,
+)
+from for_ray.storage.refusals import disk_refusals
+
+CAPTIONS_AT_ONCE, IMAGES_AT_ONCE = 4096, 1 << 16
+"""Rows of a row group, which is what a writer keeps in memory."""
+
+READ_BYTES = 8 << 20
+"""What is read of a column at once."""
 
 
 class CaptionRun(BaseModel):
@@ -66,24 +90,20 @@ class CaptionRun(BaseModel):
 
 
 @dataclass(frozen=True)
-class CaptionTable:
-    """A read table.
+class CaptionLists:
+    """The nearest captions of B images.
 
     Attributes:
-        run: Its record.
+        run: The record of the table.
         uris: Of the images [B].
-        of_image: Rows of `texts`, the nearest first.
+        of_image: Rows of the C captions that some image has, the nearest first.
         cosines: Of these, in the same order, float32.
-        texts: Of the captions [C].
-        vectors: Of the captions [C, D], unit length, float16.
     """
 
     run: CaptionRun
     uris: list[str]
     of_image: Ragged
     cosines: NDArray[np.float32]
-    texts: list[str]
-    vectors: NDArray[np.float16]
 
     def holds(self, uris: list[str]) -> NDArray[np.bool_]:
         """Whether these images were compared; what could not be read was not."""
@@ -113,31 +133,51 @@ class CaptionTable:
         return Ragged(offsets, np.concatenate([empty, *lists]).astype(np.int32))
 
 
+@dataclass(frozen=True)
+class CaptionTable(CaptionLists):
+    """A read table.
+
+    Attributes:
+        vectors: Of the captions [C, D], unit length, float16.
+    """
+
+    vectors: NDArray[np.float16]
+
+
 def record_uri(output_uri: str) -> str:
     """Where the record lies."""
     return join_uri(output_uri, "captions.json")
 
 
-def write_captions(output_uri: str, table: CaptionTable) -> None:
+def write_captions(output_uri: str, lists: CaptionLists, captions: Iterable[pa.Table]) -> None:
     """Write a table, its record last.
+
+    Args:
+        output_uri: A folder or prefix.
+        lists: The images' captions.
+        captions: `text` and `vector` of the captions, in their order, some thousands at a time; at least one.
 
     Raises:
         StorageError: The store or the disk refused.
     """
-    dim = table.vectors.shape[1]
-    vectors = pa.FixedSizeListArray.from_arrays(pa.array(table.vectors.reshape(-1)), dim)
-    _write(output_uri, "captions", pa.table({"text": pa.array(table.texts, pa.string()), "vector": vectors}))
-    offsets = pa.array(table.of_image.offsets.astype(np.int32))
-    lists = {
-        "captions": pa.ListArray.from_arrays(offsets, pa.array(table.of_image.values)),
-        "cosines": pa.ListArray.from_arrays(offsets, pa.array(table.cosines)),
-    }
-    _write(output_uri, "images", pa.table({"uri": pa.array(table.uris, pa.string()), **lists}))
-    write_bytes(record_uri(output_uri), table.run.model_dump_json(indent=1).encode())
+    _write(output_uri, "captions", captions, rows_of_group=CAPTIONS_AT_ONCE)
+    _write(output_uri, "images", [_image_rows(lists)], rows_of_group=IMAGES_AT_ONCE)
+    write_bytes(record_uri(output_uri), lists.run.model_dump_json(indent=1).encode())
+
+
+def _image_rows(lists: CaptionLists) -> pa.Table:
+    offsets = pa.array(lists.of_image.offsets.astype(np.int32))
+    return pa.table(
+        {
+            "uri": pa.array(lists.uris, pa.string()),
+            "captions": pa.ListArray.from_arrays(offsets, pa.array(lists.of_image.values)),
+            "cosines": pa.ListArray.from_arrays(offsets, pa.array(lists.cosines)),
+        }
+    )
 
 
 def read_table(output_uri: str) -> CaptionTable:
-    """What `jobs/pseudo_caption.py` wrote to a folder or prefix.
+    """What `jobs/pseudo_caption.py` wrote to a folder or prefix, but for the captions' texts.
 
     Raises:
         DataError: Nothing, or not to its end.
@@ -145,18 +185,25 @@ def read_table(output_uri: str) -> CaptionTable:
     """
     output_uri = canonical_uri(output_uri)
     run = read_record(output_uri)
-    captions, images = (_read(output_uri, name) for name in ("captions", "images"))
+    vectors = _read_vectors(output_uri)
+    with _parquet(output_uri, "images") as file:
+        images = file.read()
     lists = images["captions"].combine_chunks()
     of_image = Ragged(lists.offsets.to_numpy().astype(np.int64), lists.values.to_numpy())
-    flat = captions["vector"].combine_chunks().flatten().to_numpy()
-    return CaptionTable(
-        run,
-        images["uri"].to_pylist(),
-        of_image,
-        images["cosines"].combine_chunks().values.to_numpy(),
-        captions["text"].to_pylist(),
-        flat.reshape(captions.num_rows, -1),
-    )
+    cosines = images["cosines"].combine_chunks().values.to_numpy()
+    return CaptionTable(run, images["uri"].to_pylist(), of_image, cosines, vectors)
+
+
+def _read_vectors(output_uri: str) -> NDArray[np.float16]:
+    with _parquet(output_uri, "captions") as file:
+        dim = file.schema_arrow.field("vector").type.list_size
+        vectors = np.empty((file.metadata.num_rows, dim), np.float16)
+        first = 0
+        for batch in file.iter_batches(CAPTIONS_AT_ONCE, columns=["vector"], use_threads=False):
+            flat = batch.column(0).flatten().to_numpy(zero_copy_only=False)
+            vectors[first : first + batch.num_rows] = flat.reshape(-1, dim)
+            first += batch.num_rows
+    return vectors
 
 
 def read_record(output_uri: str) -> CaptionRun:
@@ -177,15 +224,24 @@ def read_record(output_uri: str) -> CaptionRun:
         raise DataError(f"{record_uri(output_uri)} is no record of pseudo-captions: {reason}") from error
 
 
-def _write(output_uri: str, name: str, table: pa.Table) -> None:
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd")
-    write_bytes(join_uri(output_uri, f"{name}.parquet"), sink.getvalue().to_pybytes())
+def _write(output_uri: str, name: str, tables: Iterable[pa.Table], *, rows_of_group: int) -> None:
+    """By way of this disk: a store takes large files in parts."""
+    rest = iter(tables)
+    first = next(rest)
+    with temporary_folder() as folder:
+        path = folder / f"{name}.parquet"
+        # A dictionary of numbers that hardly repeat would be larger than they are.
+        options = {"compression": "zstd", "use_dictionary": False}
+        with disk_refusals("write", path), pq.ParquetWriter(path, first.schema, **options) as file:
+            for table in itertools.chain([first], rest):
+                file.write_table(table, rows_of_group)
+        upload(path, join_uri(output_uri, path.name))
 
 
-def _read(output_uri: str, name: str) -> Any:
+@contextmanager
+def _parquet(output_uri: str, name: str) -> Iterator[pq.ParquetFile]:
     uri = join_uri(output_uri, f"{name}.parquet")
     try:
-        return pq.read_table(pa.BufferReader(read_bytes(uri)))
-    except pa.ArrowInvalid as error:
+        yield pq.ParquetFile(RangedReader(stat(uri)), buffer_size=READ_BYTES, pre_buffer=False)
+    except (pa.ArrowInvalid, OSError) as error:
         raise DataError(f"{shown(uri)} is no readable Parquet: run jobs/pseudo_caption.py again") from error

@@ -4,6 +4,7 @@
     embed_captions   the files go to the store; an actor pool: texts → unit vectors; writing tasks → fragments
                      of a table; the driver commits them, in the captions' order
     local_vectors    the driver: the table's vectors → a file that is mapped, to be indexed and compared
+    captions_at      the driver: some of the captions with their vectors, some thousands at a time
 
 <vectors>/captions-<hash>.json         the record; written last: where it lies the table is whole
 <vectors>/captions-<hash>-<run>.lance  `text` and `vector` [D] float16; row id = place of the caption
@@ -291,8 +292,7 @@ class EmbedCaptions:
         content = pa.BufferReader(read_bytes(join_uri(self._job.texts_uri, _part_name(part))))
         texts = pq.read_table(content)["text"].slice(start, num_rows)
         vectors = self._encoder.embed_captions(texts.to_pylist()).astype(np.float16)
-        values = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), vectors.shape[1])
-        return pa.table({"first": np.full(num_rows, first), "text": texts, "vector": values})
+        return pa.table({"first": np.full(num_rows, first), "text": texts, "vector": _half_lists(vectors)})
 
 
 def write_rows(block: pa.Table, *, table_uri: str) -> pa.Table:
@@ -334,7 +334,23 @@ def local_vectors(table: Any, path: Path) -> NDArray[np.float16]:
     return vectors
 
 
-def texts_of(table: Any, rows: NDArray[np.int64]) -> list[str]:
-    """The captions at these places, in this order."""
-    texts: list[str] = take_rows(table, rows, ["text"])["text"].to_pylist()
-    return texts
+def captions_at(table: Any, vectors: NDArray[np.float16], places: NDArray[np.int64]) -> Iterator[pa.Table]:
+    """`text` and `vector` of the captions at these places, in this order; `MANY_CAPTIONS` at a time.
+
+    Args:
+        table: From `embed_captions` or `find_kept`.
+        vectors: From `local_vectors`.
+        places: From 0, ascending.
+
+    Raises:
+        StorageError: The store refused.
+    """
+    for start in range(0, len(places), MANY_CAPTIONS):
+        some = places[start : start + MANY_CAPTIONS]
+        texts = take_rows(table, some, ["text"])["text"]
+        yield pa.table({"text": texts, "vector": _half_lists(np.asarray(vectors[some]))})
+
+
+def _half_lists(vectors: NDArray[np.float16]) -> pa.FixedSizeListArray:
+    """Vectors [C, D] as a column of lists; nothing is copied."""
+    return pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), vectors.shape[1])

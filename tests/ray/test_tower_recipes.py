@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -77,11 +78,15 @@ def test_pseudo_captions_are_the_nearest_over_the_threshold(home, captions):
     texts = [text for some in CaptionStream(f"{home}/captions.txt") for text in some]
     vectors = encoder.embed_captions(texts)
     uris = open_dataset(f"labels:{home}/set/labels.csv").uris.to_pylist()
+    used = pq.read_table(f"{captions}/captions.parquet")["text"].to_pylist()
     assert table.uris == uris
+    assert table.run.num_used == len(table.vectors) == len(used)
+    places = [texts.index(text) for text in used]
+    np.testing.assert_allclose(table.vectors.astype(np.float32), vectors[places], atol=1e-3)
     for row, uri in enumerate(uris):
         cosines = (vectors @ encoder.embed_image(Path(uri).read_bytes()).T)[:, 0]
         near = [texts[place] for place in np.argsort(-cosines)[:3] if cosines[place] >= 0.1]
-        found = [table.texts[place] for place in table.of_image.row(row)]
+        found = [used[place] for place in table.of_image.row(row)]
         assert set(found) == set(near)
     assert (table.run.num_images, table.run.num_captions) == (20, len(texts))
     assert run_pseudo_caption(caption_settings(home), progress=QUIET) == table.run  # nothing to do

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import shutil
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 
@@ -18,7 +20,8 @@ from for_ray.model.bundle import open_bundle
 from for_ray.model.tower_tuning import PairBatch
 from for_ray.model.trainer import HaltedError
 from for_ray.pipeline.tower_tuning import TowerTuning, make_tower_job, run_tower_tuning
-from for_ray.stages.caption_table import CaptionRun, CaptionTable, write_captions
+from for_ray.stages import shared_towers
+from for_ray.stages.caption_table import CaptionLists, CaptionRun, write_captions
 from for_ray.stages.progress import Progress
 from for_ray.stages.shared_towers import SharedTowers
 from for_ray.stages.tower_run import TowerRun, tune_here
@@ -46,9 +49,13 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
         identity="a", encoder="e", fingerprint=bundle.fingerprint, threshold=0.27, most=20, num_images=12,
         num_unreadable=0, num_bare=4, num_captions=9, num_used=5,
     )  # fmt: skip
-    texts = [f"caption {row}" for row in range(5)]
-    table = CaptionTable(run, uris, Ragged(offsets, values), cosines, texts, vectors.astype(np.float16))
-    write_captions(str(folder / "captions"), table)
+    flat = pa.array(vectors.astype(np.float16).reshape(-1))
+    rows = {
+        "text": [f"caption {row}" for row in range(5)],
+        "vector": pa.FixedSizeListArray.from_arrays(flat, bundle.dim),
+    }
+    lists = CaptionLists(run, uris, Ragged(offsets, values), cosines)
+    write_captions(str(folder / "captions"), lists, [pa.table(rows)])
     return folder
 
 
@@ -78,7 +85,8 @@ def test_each_recipe_has_its_papers_defaults():
         assert (found.lr, found.batch_size, found.epochs, found.weight_decay) == (lr, batch_size, 3, 1e-2)
         assert (found.scale, found.margin, found.proxies_lr_factor) == (30, 0.1, 100)
         assert (found.gamma_classes, found.gamma_captions) == (0.5, 0.5)
-        assert (found.captions_per_image, found.caption_threshold) == (20, 0.27)
+    found = PseudoCaptionSettings(dataset="folder:a", captions="b.txt", output="c")
+    assert (found.captions_per_image, found.threshold) == (20, 0.27)  # and the table's are those of mcip
     assert FinetuneSettings(**base, recipe="gpr", lr=1e-3).lr == 1e-3
 
 
@@ -91,6 +99,10 @@ def test_each_recipe_has_its_papers_defaults():
         (["--recipe", "gpr", "--val-labels", "a"], "^--val-labels: not a setting of recipe gpr$"),
         (["--recipe", "gpr", "--val-split", "a"], "--val-split goes with --val"),
         (["--recipe", "realign", "--val", "a", "--val-split", "s"], "recipe realign has captions"),
+        (
+            ["--losses", "sup", "--grad-checkpointing"],
+            "--grad-checkpointing: not a setting of recipe for",
+        ),
         (["--losses", "sup", "--margin", "0.2"], "--margin: not a setting of recipe for"),
         (
             ["--recipe", "gpr", "--gamma-captions", "2", "--caption-threshold", "0.3"],
@@ -175,23 +187,28 @@ def test_two_workers_draw_the_captions_that_one_draws(given, home, tmp_path):
             assert torch.equal(part.images, torch.cat([whole.images[0::2], whole.images[1::2]]))
 
 
-@pytest.mark.parametrize("num_rows", [4, 5])
-def test_rows_of_two_workers_are_put_together_in_order(given, home, monkeypatch, num_rows):
+@pytest.mark.parametrize(("num_rows", "at_once"), [(4, 1 << 16), (5, 1 << 16), (4, 2), (5, 4), (7, 1)])
+def test_rows_of_two_workers_are_put_together_in_order(given, home, monkeypatch, num_rows, at_once):
+    monkeypatch.setattr(shared_towers, "ROWS_AT_ONCE", at_once)
     rows = torch.arange(2 * num_rows).reshape(num_rows, 2).half()
     sent: list[torch.Tensor] = []
 
     def all_gather(parts, padded):
         """Both workers' parts come, padded to one shape."""
+        first = sum(len(each) for each in sent)
         sent.append(padded)
         for rank, part in enumerate(parts):
-            part.zero_()[: len(rows[rank::2])] = rows[rank::2]
+            some = rows[rank::2][first : first + len(part)]
+            part.zero_()[: len(some)] = some
 
     monkeypatch.setattr("torch.distributed.all_gather", all_gather)
     job = make_tower_job(settings_of(given, home, "realign"))
     for rank in range(2):
         towers = SharedTowers(job, device="cpu", rank=rank, world=2)
+        sent.clear()
         assert torch.equal(towers.gather(rows[rank::2], num_rows), rows)
-    assert [each.shape for each in sent] == [(-(-num_rows // 2), 2)] * 2
+        assert sum(len(each) for each in sent) == -(-num_rows // 2)
+        assert max(2 * len(each) for each in sent) <= max(2, at_once)
 
 
 def test_classes_are_learnt(given, home):
@@ -247,9 +264,9 @@ def test_what_is_left_out_is_counted(given, home, tmp_path):
     said = "labels labels: 12 images of 4 classes, 0 with one image; 0 images without a class are left out"
     assert said in heard
     told = (
-        "pseudo-captions: {} an image, {} images without one over 0.27, {} that are not in {}: the loss on "
+        "pseudo-captions: {} an image, 20 at most, {} images without one over 0.27, {} that are not in {}: "
     )
-    told += "captions leaves these out"
+    told += "the loss on captions leaves these out"
     assert told.format("1.3", 4, 0, home / "captions") in heard
     rows = (home / "set" / "labels.csv").read_text().replace("images/", f"{home}/set/images/")
     (tmp_path / "more.csv").write_text(f"{rows}/1.jpg,a\n/2.jpg,a\n/3.jpg,b\n/4.jpg,b\n")
@@ -263,11 +280,44 @@ def test_what_is_left_out_is_counted(given, home, tmp_path):
     assert said in heard
 
 
+def test_what_is_in_force_for_captions_is_the_tables_and_more_is_refused(given, home, tmp_path):
+    shutil.copytree(home / "captions", tmp_path / "captions")
+    record = tmp_path / "captions" / "captions.json"
+    run = CaptionRun.model_validate_json(record.read_text())
+    record.write_text(run.model_copy(update={"threshold": 0.35, "most": 1}).model_dump_json())
+    heard: list[str] = []
+    progress = Progress(is_quiet=True)
+    progress.say = heard.append  # type: ignore[method-assign]
+    captions = str(tmp_path / "captions")
+
+    def kept(**more: object) -> tuple[list[int], dict[str, object], str]:
+        tuning = TowerTuning(settings_of(given, home, "mcip", captions=captions, **more), progress)
+        recorded = tuning._record().settings
+        names = ("caption_threshold", "captions_per_image")
+        counts = np.diff(tuning.towers.of_image.offsets).tolist()
+        return counts, {name: recorded[name] for name in names}, heard[-1]
+
+    of_table = {"caption_threshold": 0.35, "captions_per_image": 1}
+    counts, recorded, told = kept()
+    assert (counts, recorded) == ([0, 1, 1] * 4, of_table)
+    assert "0.7 an image, 1 at most, 4 images without one over 0.35, 0 that" in told
+    assert kept(**of_table) == (counts, recorded, told)
+    recorded = kept(caption_threshold=0.4)[1]
+    assert recorded == {"caption_threshold": 0.4, "captions_per_image": 1}
+    for more, message in (
+        ({"caption_threshold": 0.27}, "^--caption-threshold 0.27 is below the --threshold 0.35 that /"),
+        ({"captions_per_image": 20}, "^--captions-per-image 20 is above the 1 that /.* was made with: leave"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            kept(**more)
+
+
 def test_another_run_is_told_from_the_same(given, home):
     def identity(recipe: str, **more: object) -> str:
         return TowerTuning(settings_of(given, home, recipe, **more), QUIET)._record().identity
 
     same = identity("gpr")
+    assert identity("realign", grad_checkpointing=True) == identity("realign")
     assert identity("gpr", workers=2, output="/elsewhere", name="other") == same
     assert len({same, identity("gpr", lr=1e-3), identity("gpr", margin=0.3), identity("mcip")}) == 4
     assert identity("mcip", caption_threshold=0.35) != identity("mcip")
@@ -288,6 +338,8 @@ def test_bad_data_is_refused_before_anything_is_written(given, home, tmp_path):
     other = r"by another encoder \(e\), or at another image size, than picturebook at 32 pixels"
     refuse(ConfigError, other, "mcip", image_size=32)
     refuse(ConfigError, "no captioned images", "realign", dataset="coco:a")
+    checkpointing = "^--grad-checkpointing: the image tower has none in open_clip"
+    refuse(ConfigError, checkpointing, "gpr", grad_checkpointing=True)
     refuse(DataError, "a batch of one", "realign", batch_size=1)
     refuse(
         DataError, "do not go round 3 workers", "gpr", workers=3, batch_size=4, dataset=_few(home, tmp_path)

@@ -20,11 +20,11 @@ from for_ray.stages.caption_vectors import (
     EmbedCaptions,
     KeptVectors,
     SpooledCaptions,
+    captions_at,
     embed_captions,
     find_kept,
     local_vectors,
     spool_captions,
-    texts_of,
     write_rows,
 )
 from for_ray.stages.encode import Pool
@@ -61,7 +61,7 @@ def test_ranges_cover_the_captions_and_lie_in_one_file_each(spooled):
     assert ranges == {"first": [0, 3, 4, 7, 8], "num_rows": [3, 1, 3, 1, 3]}
 
 
-def test_ranges_in_any_order_become_a_table_in_the_captions_order(spooled, bundle, tmp_path):
+def test_ranges_in_any_order_become_a_table_in_the_captions_order(spooled, bundle, tmp_path, monkeypatch):
     table = create_table(f"{tmp_path}/table.lance", caption_vectors._schema(bundle.dim))
     actor = EmbedCaptions(CaptionJob(bundle, "cpu", str(tmp_path / "texts"), table.uri))
     ranges = caption_vectors._ranges(11, 3)
@@ -73,7 +73,10 @@ def test_ranges_in_any_order_become_a_table_in_the_captions_order(spooled, bundl
     vectors = local_vectors(table, tmp_path / "vectors")
     expected = load_encoder(bundle, "cpu").embed_captions(TEXTS)
     np.testing.assert_allclose(vectors.astype(np.float32), expected, atol=1e-3)
-    assert texts_of(table, np.array([9, 0, 4])) == [TEXTS[9], TEXTS[0], TEXTS[4]]
+    monkeypatch.setattr(caption_vectors, "MANY_CAPTIONS", 2)
+    some = list(captions_at(table, vectors, np.array([0, 4, 9])))
+    assert [each["text"].to_pylist() for each in some] == [[TEXTS[0], TEXTS[4]], [TEXTS[9]]]
+    np.testing.assert_array_equal(some[1]["vector"].to_pylist(), vectors[[9]])
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))  # as a disk that is full
     try:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from for_ray.datasets.labelled import Ragged
 from for_ray.errors import DataError
 from for_ray.evaluation.similarity import VectorSets
 from for_ray.index.plan import plan_index
-from for_ray.stages import pseudo_captions
-from for_ray.stages.caption_table import CaptionRun, CaptionTable, read_table, record_uri, write_captions
+from for_ray.stages import caption_table, pseudo_captions
+from for_ray.stages.caption_table import CaptionLists, CaptionRun, read_table, record_uri, write_captions
 from for_ray.stages.pseudo_captions import NUM_ASKED, CaptionIndex
 
 RUN = CaptionRun(
@@ -112,23 +116,30 @@ def test_one_caption_is_enough(tmp_path):
     assert found.cosines[0] == pytest.approx(1, abs=1e-3)
 
 
-def table() -> CaptionTable:
-    return CaptionTable(
-        RUN,
-        ["/a.jpg", "/b.jpg", "/c.jpg"],
-        Ragged(np.array([0, 2, 2, 3]), np.array([1, 0, 0], np.int32)),
-        np.array([0.5, 0.3, 0.4], np.float32),
-        ["a cat", "two dogs"],
-        units(2),
-    )
+LISTS = CaptionLists(
+    RUN,
+    ["/a.jpg", "/b.jpg", "/c.jpg"],
+    Ragged(np.array([0, 2, 2, 3]), np.array([1, 0, 0], np.int32)),
+    np.array([0.5, 0.3, 0.4], np.float32),
+)
+
+
+def captions(vectors: np.ndarray) -> pa.Table:
+    values = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), vectors.shape[1])
+    return pa.table({"text": [f"caption {row}" for row in range(len(vectors))], "vector": values})
 
 
 def test_a_table_is_read_as_it_was_written(tmp_path):
-    write_captions(str(tmp_path / "out"), table())
+    vectors = units(2)
+    write_captions(str(tmp_path / "out"), LISTS, [captions(vectors)])
     found = read_table(str(tmp_path / "out"))
-    assert (found.run, found.uris, found.texts) == (RUN, table().uris, table().texts)
-    for name in ("cosines", "vectors"):
-        np.testing.assert_array_equal(getattr(found, name), getattr(table(), name))
+    assert (found.run, found.uris) == (RUN, LISTS.uris)
+    np.testing.assert_array_equal(found.vectors, vectors)
+    np.testing.assert_array_equal(found.cosines, LISTS.cosines)
+    assert pq.read_table(tmp_path / "out" / "captions.parquet")["text"].to_pylist() == [
+        "caption 0",
+        "caption 1",
+    ]
     near = found.nearest(["/c.jpg", "/new.jpg", "/a.jpg", "/b.jpg"], threshold=0.2, most=20)
     assert [near.row(row).tolist() for row in range(4)] == [[0], [], [1, 0], []]
     assert found.holds(["/c.jpg", "/new.jpg", "/b.jpg"]).tolist() == [True, False, True]
@@ -137,10 +148,34 @@ def test_a_table_is_read_as_it_was_written(tmp_path):
     assert found.run.describe().startswith("2 of 9 captions are near an image; 1 of 3 images have none")
 
 
+def test_captions_are_written_and_read_some_at_a_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(caption_table, "CAPTIONS_AT_ONCE", 3)
+    vectors = units(1000, 1024)
+    held: list[int] = []
+
+    def parts() -> Iterator[pa.Table]:
+        for start in range(0, 1000, 5):
+            held.append(pa.total_allocated_bytes())
+            yield captions(vectors[start : start + 5])
+
+    write_captions(str(tmp_path / "out"), LISTS, parts())
+    assert max(held) - held[0] < vectors.nbytes / 4
+    file = pq.ParquetFile(tmp_path / "out" / "captions.parquet")
+    assert [file.metadata.row_group(group).num_rows for group in range(4)] == [3, 2, 3, 2]
+    np.testing.assert_array_equal(read_table(str(tmp_path / "out")).vectors, vectors)
+    pq.write_table(captions(vectors), tmp_path / "out" / "captions.parquet")  # all in one row group
+    np.testing.assert_array_equal(read_table(str(tmp_path / "out")).vectors, vectors)
+
+
 def test_a_table_that_is_not_whole_is_refused(tmp_path):
     with pytest.raises(DataError, match="no pseudo-captions at"):
         read_table(str(tmp_path / "none"))
-    write_captions(str(tmp_path / "out"), table())
+    write_captions(str(tmp_path / "out"), LISTS, [captions(units(2))])
+    whole = (tmp_path / "out" / "captions.parquet").read_bytes()
+    (tmp_path / "out" / "captions.parquet").write_bytes(b"cut")
+    with pytest.raises(DataError, match="no readable Parquet"):
+        read_table(str(tmp_path / "out"))
+    (tmp_path / "out" / "captions.parquet").write_bytes(whole)
     (tmp_path / "out" / "images.parquet").write_bytes(b"cut")
     with pytest.raises(DataError, match="no readable Parquet"):
         read_table(str(tmp_path / "out"))
