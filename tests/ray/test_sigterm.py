@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -32,7 +33,8 @@ def run(
     def start(address: str = ray_address) -> object:
         settings = ["--images", tmp_path / "images", "--encoder", encoder_name, "--head", "dense"]
         pace = ["--commit-seconds", "0.05", "--batch-size", "8", "--max-actors", "1"]
-        env = {"TMPDIR": str(tmp_path / "scratch")}
+        # Ray's own folder is of a short name: it becomes part of sockets' names.
+        env = {"TMPDIR": str(tmp_path / "scratch"), "RAY_TMPDIR": tempfile.gettempdir()}
         return index_run(str(tmp_path / "index"), address, *settings, *pace, env=env)
 
     return start
