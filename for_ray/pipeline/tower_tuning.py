@@ -168,7 +168,7 @@ class TowerTuning(Tuning):
         decisive = self.settings.model_dump(mode="json", exclude=UNDECISIVE | HEAD_FIELDS | {"captions"})
         captions = hashlib.sha256(towers.of_image.offsets.tobytes() + towers.of_image.values.tobytes())
         captions.update("\n".join(towers.texts).encode())
-        captions.update(towers.vectors if towers.vectors is not None else b"")
+        captions.update(towers.vectors.data if towers.vectors is not None else b"")
         content = [decisive, self.bundle.fingerprint, digest([towers.images]), captions.hexdigest()]
         if self.val is not None:
             content.append(self.val.digest())

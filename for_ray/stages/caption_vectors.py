@@ -286,12 +286,23 @@ class EmbedCaptions:
         self._encoder = load_encoder(job.bundle, job.device)
 
     def __call__(self, ranges: pa.Table) -> pa.Table:
-        """`first`, `text` and `vector`, float16 [D], of a range of `first` and `num_rows`."""
+        """`first`, `text` and `vector`, float16 [D], of a range of `first` and `num_rows`.
+
+        Raises:
+            DataError: The encoder gives no finite vector for a caption.
+            StorageError: The store refused.
+        """
         first, num_rows = ranges["first"][0].as_py(), ranges["num_rows"][0].as_py()
         part, start = divmod(first, PART_CAPTIONS)
         content = pa.BufferReader(read_bytes(join_uri(self._job.texts_uri, _part_name(part))))
         texts = pq.read_table(content)["text"].slice(start, num_rows)
         vectors = self._encoder.embed_captions(texts.to_pylist()).astype(np.float16)
+        bad = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
+        if len(bad):
+            raise DataError(
+                f"the encoder gives no finite vector for {texts[int(bad[0])].as_py()[:80]!r}: take another "
+                "--encoder, or --device cpu, where it computes in float32"
+            )
         return pa.table({"first": np.full(num_rows, first), "text": texts, "vector": _half_lists(vectors)})
 
 

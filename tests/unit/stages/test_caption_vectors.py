@@ -89,6 +89,15 @@ def test_ranges_in_any_order_become_a_table_in_the_captions_order(spooled, bundl
         local_vectors(table, tmp_path / "again")
 
 
+def test_a_caption_without_a_finite_vector_is_named(spooled, bundle, tmp_path):
+    actor = EmbedCaptions(CaptionJob(bundle, "cpu", str(tmp_path / "texts"), "unused"))
+    vectors = np.ones((3, bundle.dim), np.float32)
+    vectors[1, 2] = np.nan
+    actor._encoder.embed_captions = lambda texts: vectors
+    with pytest.raises(DataError, match=f"no finite vector for '{TEXTS[5]}': take another --encoder"):
+        actor(pa.table({"first": [4], "num_rows": [3]}))
+
+
 def test_a_run_that_fails_leaves_nothing_and_one_that_ends_is_found(spooled, bundle, tmp_path, monkeypatch):
     kept = str(tmp_path / "kept")
 
