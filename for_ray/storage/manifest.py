@@ -200,7 +200,7 @@ def _is_storable(kind: pa.DataType) -> bool:
     if pa.types.is_struct(kind):
         return kind.num_fields > 0 and all(_is_name(each.name) and _is_storable(each.type) for each in kind)
     if pa.types.is_fixed_size_list(kind):  # of text, Lance panics
-        return kind.list_size > 0 and pa.types.is_primitive(kind.value_type)
+        return bool(kind.list_size and pa.types.is_primitive(kind.value_type))
     if _is_list(kind):
         return _is_storable(kind.value_type)
     return _family(kind) is not None
