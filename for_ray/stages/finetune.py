@@ -158,7 +158,8 @@ def _report(run: TrainingRun | TowerRun, metrics: EpochMetrics, rank: int, train
     Raises:
         HaltedError: A disk is full.
     """
-    told, checkpoint = {"epoch": metrics.epoch, **metrics.losses}, None
+    told = {"epoch": metrics.epoch, **metrics.losses}
+    checkpoint: Checkpoint | None = None
     with contextlib.ExitStack() as stack:
 
         def save() -> None:
