@@ -62,7 +62,7 @@ from benchmarks.worker_watch import Watch
 from for_ray.index.capacity import MOST_TASK_CPUS, Nodes, plan_capacity
 from for_ray.index.codec import codec_record, codec_to_bytes, train_codec
 from for_ray.index.plan import DEFAULT_TARGET_RECALL, IndexPlan, plan_index
-from for_ray.index.rates import MERGE_SECONDS_PER_BYTE, seconds_per_vector
+from for_ray.index.rates import seconds_per_vector
 from for_ray.index.search import open_segments
 from for_ray.index.table import append, create_table, open_table, version_of, write_fragments
 from for_ray.schema import Codec, Layout, Segment, Snapshot, images_schema
@@ -341,7 +341,6 @@ def extrapolate(
     here = plan_capacity(line["vectors"], options.dim, vectors_per_image=options.slots, nodes=NODES)
     plan = there.plan
     build = line["build_core_us"] / line["reckoned_core_us"]
-    merge = line["merge_ns_a_byte"] / (1e9 * MERGE_SECONDS_PER_BYTE)
     # The plan reckons with as many CPUs as a task has at most.
     train = line["train_seconds"] * threads / (3600 * MOST_TASK_CPUS * here.train_hours)
     query = line["codes_ms"] / (1e3 * here.query_seconds)
@@ -352,7 +351,6 @@ def extrapolate(
         f"train {plan.nlist:,} lists, hours": (there.train_hours, train * there.train_hours),
         "build, core hours": (core_hours, build * core_hours),
         f"build on {there.build_cores:,} cores, hours": (there.build_hours, build * (there.build_hours or 0)),
-        "rewrite each segment once, hours": (there.merge_hours, merge * there.merge_hours),
         "memory of a task with a full segment, GB": (
             there.task_memory_bytes / 1e9,
             _task_bytes(lines, plan) / 1e9,

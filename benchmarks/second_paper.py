@@ -83,10 +83,14 @@ ROWS = (
     Row("GPR-FT + Re-A", "realign", "GPR-FT", ALIGNED),
     Row("MCIP", "mcip", None, CAPTIONED),
     Row("MCIP + Re-A", "realign", "MCIP", ALIGNED),
+    Row("Re-A alone", "realign", None, ALIGNED),
     Row("MCIP, λ₂ a third of λ₁", "mcip", None, CAPTIONED | _weights(0.75, 0.25), True),
     Row("MCIP, λ₂ thrice λ₁", "mcip", None, CAPTIONED | _weights(0.25, 0.75), True),
+    Row("GPR-FT, projection tuned", "gpr", None, TUNED | {"tune_projection": True}, True),
+    Row("MCIP, projection locked", "mcip", None, CAPTIONED | {"tune_projection": False}, True),
 )
-"""The last two say what classes and captions do against each other."""
+"""Re-A alone says what is a repair and what is a text tower tuned on the pages' captions; the last four what
+classes and captions do against each other, and whether it is they or the projection."""
 
 MEASURES = (
     ("image-to-image", "mAP", "image-to-image mAP"),

@@ -103,8 +103,9 @@ class IndexSettings(Settings):
         ge=0.5,
         le=100_000,
         allow_inf_nan=False,
-        description="memory in GB of a task that trains, builds or merges, at most half of a node's; more is "
-        "for larger segments and, where there are very many vectors, more lists. Default: 4.29",
+        description="memory in GB of a task that trains, builds or merges, at most half of what Ray "
+        "leaves to tasks of a node; more is for larger segments and, where there are very many vectors, more "
+        "lists. Default: 4.29",
     )
     min_recall: float | None = Field(
         None,
