@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import open_clip
@@ -38,6 +39,15 @@ TEXT = {"context_length": LENGTH, "vocab_size": VOCABULARY, "width": 32, "heads"
 DIM, NUM_CLASSES, B = 32, 3, 8
 SCALE = 2.0**8
 ADAM = AdamWSettings(lr=1e-4, lr_end=1e-5, num_steps=4)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Tensors this small are slower with more."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 class Stepped(NamedTuple):

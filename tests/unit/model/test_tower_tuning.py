@@ -30,6 +30,8 @@ from for_ray.model.tower_tuning import (
 from for_ray.model.trainer import HaltedError
 from tests.unit.model.conftest import CONFIGS, make_clip
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ADAM = AdamWSettings(lr=1e-4, lr_end=1e-5, num_steps=3)
 NUM_CLASSES, SIZE = 3, 64
 
