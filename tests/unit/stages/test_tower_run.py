@@ -82,7 +82,10 @@ def test_realign_goes_on_once_its_images_are_there(home, tmp_path, monkeypatch):
     images[4].with_suffix(".away").rename(images[4])
     assert tune_here(make_tower_job(settings)).history[0].num_unreadable == 1
     images[5].with_suffix(".away").rename(images[5])
-    runs = [tune_here(make_tower_job(settings)) for _ in range(2)]
+    runs = []
+    for is_far in (False, True):  # the second reads them as from a store: through a file that is gone by then
+        monkeypatch.setattr(tower_run, "is_s3", lambda _uri, is_far=is_far: is_far)
+        runs.append(tune_here(make_tower_job(settings)))
     assert [run.history[0].num_unreadable for run in runs] == [0, 0]
     assert asked == [12, 2, 1]
     whole = tune_here(make_tower_job(settings.model_copy(update={"output": f"{tmp_path}/whole"})))
