@@ -251,7 +251,8 @@ def draw_figure(results: Sequence[dict[str, Any]], path: Path) -> None:
     axes = figure.add_subplot()
     for number, (name, found) in enumerate(_by_name(results).items()):
         x, y = (100 * float(np.mean(found[task])) for task in ("image-to-image", "text-to-image"))
-        axes.plot(x, y, "o", color=f"C{number % 10}", markersize=9, label=name, clip_on=False)
+        marker = "os"[number // 10]  # there are ten colours
+        axes.plot(x, y, marker, color=f"C{number % 10}", markersize=9, label=name, clip_on=False)
     axes.set(xlabel="image-to-image, mAP", ylabel="text-to-image, R@5")
     axes.margins(0.1)
     axes.grid(alpha=0.3)
