@@ -350,7 +350,10 @@ def extrapolate(
     rows = {
         f"train {plan.nlist:,} lists, hours": (there.train_hours, train * there.train_hours),
         "build, core hours": (core_hours, build * core_hours),
-        f"build on {there.build_cores:,} cores, hours": (there.build_hours, build * (there.build_hours or 0)),
+        f"build on {there.build_cores:,} cores, hours": (
+            there.build_hours,
+            max(there.build_network_hours, build * core_hours / there.build_cores),
+        ),
         "memory of a task with a full segment, GB": (
             there.task_memory_bytes / 1e9,
             _task_bytes(lines, plan) / 1e9,

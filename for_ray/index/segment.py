@@ -84,7 +84,7 @@ def add_vectors(
         index: A codec, or one that holds vectors already.
         vectors: Unit vectors [n, D].
         vector_ids: [n].
-        threads: That encode; FAISS's own are set elsewhere.
+        threads: That encode; FAISS's own are set elsewhere, and numpy's by the task's CPUs.
     """
     ivf = faiss.downcast_index(faiss.extract_index_ivf(index))
     if not encodes(ivf):
@@ -98,10 +98,11 @@ def add_vectors(
 
 
 def _transform(transform: faiss.VectorTransform, vectors: NDArray[np.float32]) -> NDArray[np.float32]:
-    """The same for a vector whatever stands beside it, so that merged segments are those built at once.
+    """The same for a vector whatever stands beside it, but for one value in 10⁸, so that merged segments are
+    those built at once.
 
-    BLAS sums a row of a matrix's product in another order where the row stands elsewhere. In float64, rounded
-    once, that changes one value in 10⁸. The Hadamard rotation has one order.
+    BLAS sums a row of a matrix's product in another order where the row stands elsewhere; here it does so in
+    float64, and the sum is rounded once. The Hadamard rotation has one order.
     """
     if not isinstance(transform, faiss.LinearTransform):
         return np.asarray(transform.apply(vectors))

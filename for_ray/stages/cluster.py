@@ -87,11 +87,11 @@ class Cluster:
         """
         return max(1, min(self._task_memory_bytes, self._half_of_a_node))
 
-    @property
+    @cached_property
     def planned_memory_bytes(self) -> int:
-        """What segments and lists are laid out for: what a task may reserve.
+        """What segments and lists are laid out for: what a task may reserve on the nodes of this moment.
 
-        The setting's where no node works yet, so that a night's layout does not hang on who came first.
+        Looked at once, so that all of a run is laid out alike; the setting's where no node works yet.
         """
         return min(self._task_memory_bytes, self._half_of_a_node or self._task_memory_bytes)
 
