@@ -186,10 +186,14 @@ def _kind(uri: str, field: pa.Field, *, known: pa.DataType | None, held: pa.Data
         raise _refusal(uri, field, "which no table can hold: store it as text, or leave it out")
     if held is None:
         return kind
+    refusal = _refusal(uri, field, f"and {held} in other parts; give it one type")
     if not _fits(kind, held) and not _fits(held, kind):
-        raise _refusal(uri, field, f"and {held} in other parts; give it one type")
+        raise refusal
     both = [pa.schema([("", each)]) for each in (held, kind)]
-    return pa.unify_schemas(both, promote_options="permissive").types[0]
+    try:
+        return pa.unify_schemas(both, promote_options="permissive").types[0]
+    except pa.ArrowException as error:  # two time zones, or decimals that need more digits than there are
+        raise refusal from error
 
 
 def _refusal(uri: str, field: pa.Field, why: str) -> DataError:
