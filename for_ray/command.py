@@ -6,12 +6,25 @@ import contextlib
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from for_ray.errors import ForRayError, StageError
 
-_is_command, _is_terminated = threading.Event(), threading.Event()
+CLEAN_UP_SECONDS = 10.0
+"""How long after a SIGTERM that interrupts a job others do not."""
+
+
+@dataclass
+class _Sigterm:
+    """When it interrupted the job last, by the clock that only goes forward; None: never."""
+
+    last: float | None = None
+
+
+_is_command, _sigterm = threading.Event(), _Sigterm()
 
 
 def is_command() -> bool:
@@ -36,13 +49,13 @@ def run_command(job: Callable[[], None], *, advice: str = "") -> int:
     except KeyboardInterrupt as error:
         line = "; ".join(filter(None, [how_ended(error), advice]))
         print(f"error: {line}", file=sys.stderr)  # noqa: T201 - it is what a command is for
-        return 128 + (signal.SIGTERM if _is_terminated.is_set() else signal.SIGINT)
+        return 128 + (signal.SIGINT if _sigterm.last is None else signal.SIGTERM)
     except ForRayError as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
         return 1 if isinstance(error, StageError) else 2
     finally:
         _is_command.clear()
-        _is_terminated.clear()
+        _sigterm.last = None
     return 0
 
 
@@ -50,8 +63,8 @@ def how_ended(error: BaseException) -> str:
     """What has ended a job, in one line: a signal by its name, or an error's type and text."""
     if isinstance(error, KeyboardInterrupt):
         # Ray raises one of its own where it waited: the error does not know which signal it was.
-        return "stopped by SIGTERM" if _is_terminated.is_set() else "interrupted"
-    return f"{type(error).__name__}: {error}".rstrip(": ")
+        return "interrupted" if _sigterm.last is None else "stopped by SIGTERM"
+    return " ".join(f"{type(error).__name__}: {error}".split()).rstrip(": ")
 
 
 @contextlib.contextmanager
@@ -89,7 +102,11 @@ def _handle_sigterm(handler: Any) -> None:
 
 
 def _interrupt(*_: object) -> None:
-    """Interrupt the job once: what comes while it cleans up must not keep it from that."""
-    if not _is_terminated.is_set():
-        _is_terminated.set()
+    """Interrupt the job: what comes soon after, while it cleans up, must not keep it from that.
+
+    What comes later means that the interrupt was lost, in a callback for one, or that the clean-up hangs.
+    """
+    now = time.monotonic()
+    if _sigterm.last is None or now - _sigterm.last >= CLEAN_UP_SECONDS:
+        _sigterm.last = now
         raise KeyboardInterrupt

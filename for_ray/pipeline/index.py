@@ -5,7 +5,7 @@
 Nothing is written before the settings, the encoder and the images have been looked at; from then on the run
 holds the index's lease, and `index_write` goes on. The table of encoded images is the only checkpoint: a run
 that died is made good by the next one, which finds a smaller gap. Every run leaves a report in the index, but
-for a dry one and one that is refused before its first write.
+for a dry one, one that is refused before its first write, and one that ends before it where no index is yet.
 
 An index holds what `--images` lists, and nothing else: of another prefix all images are new, and those of the
 one before are gone. More gone images than `max_gone_fraction` allows are taken for a mistake, and refused.
@@ -65,7 +65,7 @@ def run_index(settings: IndexSettings, *, progress: Progress) -> IndexSummary:
             run.sweep_idle(has_failed=True)
             raise
         except BaseException as error:  # an interrupt too, and what nobody foresaw: the morning wants to know
-            if run.holds_lease or not isinstance(error, ForRayError):
+            if run.holds_lease or (run.latest and not isinstance(error, ForRayError)):  # there is an index
                 progress.say(run.report("failed", how_ended(error)))
             raise
         progress.say(run.report("published" if run.found.has_published else "unchanged", summary.message))

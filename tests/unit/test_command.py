@@ -1,9 +1,11 @@
 import signal
 import threading
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 
+from for_ray import command
 from for_ray.command import how_ended, kept_sigterm, run_command
 from for_ray.errors import ConfigError, DataError, StageError
 
@@ -64,6 +66,38 @@ def test_sigterm_interrupts_and_a_second_one_leaves_the_clean_up_alone(
     assert capsys.readouterr().err == "error: interrupted\n"
 
 
+def test_a_later_sigterm_interrupts_what_the_first_did_not_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    heard = []
+
+    def job() -> None:
+        for seconds in (3600.0, 3600.0, 0.0):
+            monkeypatch.setattr(command, "CLEAN_UP_SECONDS", seconds)
+            try:
+                terminate()
+            except KeyboardInterrupt:  # as a callback that swallows what it raises
+                heard.append(True)
+            else:
+                heard.append(False)
+        terminate()
+
+    assert run_command(job) == 143
+    assert heard == [True, False, True]
+
+
+def test_sigterms_that_are_left_out_put_nothing_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([100.0, 106.0, 112.0])
+    monkeypatch.setattr(command, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+
+    def job() -> None:
+        with pytest.raises(KeyboardInterrupt):
+            terminate()
+        terminate()
+        with pytest.raises(KeyboardInterrupt):
+            terminate()
+
+    assert run_command(job) == 0
+
+
 def test_a_handler_that_the_job_sets_is_the_jobs(capsys: pytest.CaptureFixture[str]) -> None:
     heard = []
 
@@ -121,6 +155,7 @@ def test_a_command_may_run_in_another_thread() -> None:
         (KeyboardInterrupt(), "interrupted"),
         (ZeroDivisionError("by nought"), "ZeroDivisionError: by nought"),
         (SystemExit(), "SystemExit"),
+        (RuntimeError("no disk:\n  full\r\n\n"), "RuntimeError: no disk: full"),
     ],
 )
 def test_what_has_ended_a_job_is_one_line(error: BaseException, told: str) -> None:

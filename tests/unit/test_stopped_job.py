@@ -15,6 +15,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from for_ray.config import IndexSettings
+from for_ray.pipeline import index
+from for_ray.stages.progress import Progress
 from tests.planted import Planted, PlantedIndex
 
 JOB = Path(__file__).parents[2] / "jobs" / "index.py"
@@ -86,3 +89,17 @@ def test_a_run_that_is_stopped_while_it_lists(
     told_of = json.loads(path.read_text())
     assert (told_of["outcome"], told_of["message"]) == ("failed", how)
     assert list((tmp_path / "scratch").iterdir()) == []
+
+
+def test_a_run_that_ends_where_no_index_is_yet_makes_none(
+    planted_index: PlantedIndex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def be_stopped(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(index, "write_listing", be_stopped)
+    encoder = planted_index.layout.bundle_uri(planted_index.bundle.fingerprint)
+    settings = IndexSettings(images=str(tmp_path), index=str(tmp_path / "mistyped"), encoder=encoder)
+    with pytest.raises(KeyboardInterrupt):
+        index.run_index(settings, progress=Progress(is_quiet=True))
+    assert not (tmp_path / "mistyped").exists()
