@@ -7,11 +7,18 @@ import fcntl
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 PREFIX = "for-ray-"
 """Of the folders' names in `$TMPDIR`."""
+
+_NEW = "new-"
+"""In front of the names of those that are just being made."""
+
+_NEW_SECONDS = 24 * 3600.0
+"""What is just being made is made within this time, or its process was killed."""
 
 _LOCK, _FILES = "lock", "files"
 
@@ -28,13 +35,13 @@ def temporary_folder() -> Iterator[Path]:
         OSError: `$TMPDIR` cannot be written.
     """
     _remove_orphans(Path(tempfile.gettempdir()))
-    made = Path(tempfile.mkdtemp(prefix=f"new-{PREFIX}"))
+    made = Path(tempfile.mkdtemp(prefix=f"{_NEW}{PREFIX}"))
     with (made / _LOCK).open("w") as lock:
         with contextlib.suppress(OSError):  # a disk without locks: nobody else gets this one, either
             fcntl.flock(lock, fcntl.LOCK_EX)
         (made / _FILES).mkdir()
         # It has the name that others look for once it is locked: what is just being made is no orphan.
-        home = made.rename(made.with_name(made.name.removeprefix("new-")))
+        home = made.rename(made.with_name(made.name.removeprefix(_NEW)))
         try:
             yield home / _FILES
         finally:
@@ -42,7 +49,7 @@ def temporary_folder() -> Iterator[Path]:
 
 
 def _remove_orphans(parent: Path) -> None:
-    for home in parent.glob(f"{PREFIX}*"):
+    for home in [*parent.glob(f"{PREFIX}*"), *parent.glob(f"{_NEW}{PREFIX}*")]:
         with contextlib.suppress(OSError):  # in use, for its lock is refused; gone by now; or none of these
             # Another user's runs remove their own; and a link that somebody laid here is not followed.
             if home.lstat().st_uid == os.getuid() and not home.is_symlink():
@@ -50,9 +57,15 @@ def _remove_orphans(parent: Path) -> None:
 
 
 def _remove_orphan(home: Path) -> None:
+    if home.name.startswith(_NEW):
+        if time.time() - home.stat().st_mtime < _NEW_SECONDS:
+            return
+        with contextlib.suppress(OSError):  # it has its lock
+            home.rmdir()
     with (home / _LOCK).open("r+") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        _remove(home)
+        if {each.name for each in home.iterdir()} <= {_LOCK, _FILES}:  # else somebody else's, of a like name
+            _remove(home)
 
 
 def _remove(home: Path) -> None:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -144,6 +145,46 @@ def test_what_is_not_this_users_or_not_ours_stays(parent: Path, monkeypatch: pyt
         pass
     assert homes(parent) == (before | {"for-ray-link"}) - {"for-ray-others"}
     assert homes(precious) == {"lock", "files"}
+
+
+def test_a_folder_of_a_like_name_with_more_in_it_stays(parent: Path) -> None:
+    for name in ("for-ray-notes", "new-for-ray-notes"):
+        (parent / name / "files").mkdir(parents=True)
+        for file in ("lock", "notes.txt", "files/precious"):
+            (parent / name / file).touch()
+        grow_old(parent / name)
+    with temporary_folder():
+        pass
+    for name in ("for-ray-notes", "new-for-ray-notes"):
+        assert homes(parent / name) == {"lock", "files", "notes.txt"}
+        assert (parent / name / "files" / "precious").exists()
+
+
+def grow_old(path: Path) -> None:
+    """Let it be of two days ago."""
+    then = time.time() - 2 * 24 * 3600
+    os.utime(path, (then, then))
+
+
+def test_what_was_killed_while_it_was_made_goes_once_it_is_old(parent: Path) -> None:
+    for age in ("young", "old"):
+        for made in ("empty", "lock", "files"):
+            path = parent / f"new-for-ray-{age}-{made}"
+            path.mkdir()
+            if made != "empty":
+                (path / "lock").touch()
+            if made == "files":
+                (path / "files").mkdir()
+            if age == "old":
+                grow_old(path)
+    (parent / "new-for-ray-held").mkdir()
+    with (parent / "new-for-ray-held" / "lock").open("w") as lock:
+        temporary.fcntl.flock(lock, temporary.fcntl.LOCK_EX)
+        grow_old(parent / "new-for-ray-held")
+        with temporary_folder():
+            pass
+    young = {f"new-for-ray-young-{made}" for made in ("empty", "lock", "files")}
+    assert homes(parent) == young | {"new-for-ray-held"}
 
 
 def test_a_disk_without_locks_does_not_stop_anybody(parent: Path, monkeypatch: pytest.MonkeyPatch) -> None:
