@@ -4,7 +4,7 @@
 
 The inventory is one of current versions, in Parquet, with the optional fields Size and ETag. Keys in Parquet
 inventories are taken as they are; in CSV inventories they are URL-encoded, and a manifest's uris are not.
-What is an image goes by its name, as where the bucket is listed, but tars are not looked into.
+What is an image goes by its name, as where the whole bucket is listed, but tars are not looked into.
 """
 
 from __future__ import annotations
@@ -17,12 +17,11 @@ import pyarrow.compute as pc
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
-from for_ray.stages.listing import IMAGE_SUFFIXES
+from for_ray.stages.listing import IMAGE_SUFFIXES, is_hidden
 from for_ray.storage import arrow_filesystem
 
 SCHEMA = pa.schema([("uri", pa.string()), ("etag", pa.string()), ("size_bytes", pa.int64())])
 IMAGES = rf"(?i)\.({'|'.join(suffix[1:] for suffix in sorted(IMAGE_SUFFIXES))})$"
-HIDDEN = r"(^|/)\."
 
 
 def main(source: str, target: str) -> None:
@@ -44,13 +43,14 @@ def main(source: str, target: str) -> None:
         ),
         "etag": pc.field("e_tag"),
         "size_bytes": pc.field("size"),
+        "key": pc.field("key"),
     }
-    key = pc.field("key")
-    is_image = pc.match_substring_regex(key, IMAGES) & ~pc.match_substring_regex(key, HIDDEN)
+    is_image = pc.match_substring_regex(pc.field("key"), IMAGES)
     target_store, path = arrow_filesystem(target)
     with target_store.open_output_stream(path) as file, pq.ParquetWriter(file, SCHEMA) as writer:
         for batch in rows.to_batches(columns=columns, filter=is_image):
-            writer.write_batch(batch.cast(SCHEMA))
+            is_seen = pa.array([not is_hidden(key) for key in batch["key"].to_pylist()], pa.bool_())
+            writer.write_batch(batch.select(SCHEMA.names).filter(is_seen).cast(SCHEMA))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 import pyarrow as pa
@@ -98,7 +98,7 @@ def read_set(settings: FinetuneSettings, bundle: Bundle, say: Say) -> TowerSet:
     """What a recipe learns from; no image is touched.
 
     Args:
-        settings: The job's; its recipe is not `for`.
+        settings: The job's, as `settle_captions` made them; its recipe is not `for`.
         bundle: The encoder that it begins with.
         say: Told what is there, and what is left out.
 
@@ -213,7 +213,8 @@ def _read_classes(settings: FinetuneSettings, bundle: Bundle, say: Say) -> Tower
     of_image, vectors = Ragged.empty(num_images), None
     if settings.captions is not None:
         table = _read_captions(settings.captions, bundle)
-        taken, asked = _taken(settings, table.run), uris.to_pylist()
+        taken = _Taken(cast("float", settings.caption_threshold), cast("int", settings.captions_per_image))
+        asked = uris.to_pylist()
         of_image = table.nearest(asked, threshold=taken.threshold, most=taken.most)
         vectors = table.vectors
         _tell_captions(settings.captions, taken, of_image, table.holds(asked), say)

@@ -19,6 +19,7 @@ from for_ray.errors import ConfigError, DataError
 from for_ray.model.bundle import open_bundle
 from for_ray.model.tower_tuning import PairBatch
 from for_ray.model.trainer import HaltedError
+from for_ray.pipeline import tower_sets
 from for_ray.pipeline.tower_tuning import TowerTuning, make_tower_job, run_tower_tuning
 from for_ray.stages import shared_towers
 from for_ray.stages.caption_table import CaptionLists, CaptionRun, write_captions
@@ -280,7 +281,7 @@ def test_what_is_left_out_is_counted(given, home, tmp_path):
     assert said in heard
 
 
-def test_what_is_in_force_for_captions_is_the_tables_and_more_is_refused(given, home, tmp_path):
+def test_what_is_in_force_for_captions_is_the_tables_and_more_is_refused(given, home, tmp_path, monkeypatch):
     shutil.copytree(home / "captions", tmp_path / "captions")
     record = tmp_path / "captions" / "captions.json"
     run = CaptionRun.model_validate_json(record.read_text())
@@ -299,8 +300,11 @@ def test_what_is_in_force_for_captions_is_the_tables_and_more_is_refused(given, 
         heard.clear()
         return counts, {name: recorded[name] for name in names}, said
 
+    settle, settled = tower_sets._taken, []
+    monkeypatch.setattr(tower_sets, "_taken", lambda *given: settled.append(given) or settle(*given))
     of_table = {"caption_threshold": 0.35, "captions_per_image": 1}
     counts, recorded, told = kept()
+    assert len(settled) == 1
     assert (counts, recorded) == ([0, 1, 1] * 4, of_table)
     assert "0.7 an image, 1 at most, 4 images without one over 0.35, 0 that" in told
     assert kept(**of_table) == (counts, recorded, told)
