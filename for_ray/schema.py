@@ -274,7 +274,7 @@ class RunReport(_Record):
         outcome: `published`, `unchanged`, or `failed`.
         message: What the job said at its end; of a failed run, the error.
         snapshot_id: That searches see after the run; None where there never was one.
-        skipped: Images that were gone or replaced when they were to be read.
+        skipped: Images that were gone, replaced or denied when they were to be read.
         dead_vectors: Still in segments, of images that are gone.
         segment_bytes: Of all segments.
         nprobe: Lists that a search looks at in each segment.

@@ -94,8 +94,8 @@ def encode_gap(
             return encoded._replace(counts=counts, work=work, crash=None)
         gc.collect()  # Ray Data's error holds actors, which would keep the GPUs from those of the next pass
         crashes.add(encoded)
-        # Images that were gone or replaced are in no table: they are met, and counted, again.
-        done = counts._replace(gone=0, changed=0)
+        # Images that were skipped are in no table: they are met, and counted, again.
+        done = counts._replace(gone=0, changed=0, denied=0)
         rest = rests.write(latest)
         if not rest.num_to_encode:
             return encoded._replace(counts=done, work=work, crash=None)

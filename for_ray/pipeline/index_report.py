@@ -26,7 +26,7 @@ class Findings:
         images: The table of encoded images.
         snapshot: What searches see.
         has_published: Whether the run published it.
-        num_skipped: Images that were gone or replaced when they were to be read.
+        num_skipped: Images that were gone, replaced or denied when they were to be read.
         images_per_second: Of the encode stage.
     """
 

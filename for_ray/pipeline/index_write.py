@@ -93,9 +93,9 @@ class IndexWriter:
             StageError: A stage failed. What was committed stays; nothing was published.
         """
         try:
-            images, num_skipped = self._close(listing, gap, images)
+            images, counts = self._close(listing, gap, images)
             built = self._build(images)
-            recall = self._verify(listing, images, built, num_skipped=num_skipped)
+            recall = self._verify(listing, images, built, num_skipped=counts.skipped)
             with failures("publish"):
                 self.lease.check()
                 snapshot = snapshots.publish(self.layout, self._snapshot(listing, images, built, recall))
@@ -103,18 +103,16 @@ class IndexWriter:
             with contextlib.suppress(StorageError):  # the next run that publishes sweeps it away
                 delete_tree(self.layout.work_uri(self.run_id))
         self.found.snapshot, self.found.has_published = snapshot, True
-        return self._told(snapshot, built, num_skipped) + self._sweep()
+        return self._told(snapshot, built) + counts.told + self._sweep()
 
-    def _told(self, snapshot: Snapshot, built: Built, num_skipped: int) -> str:
+    def _told(self, snapshot: Snapshot, built: Built) -> str:
         message = f"published snapshot {snapshot.snapshot_id}"
         if built.retrained:
             message += f"; the codec was trained anew: {built.retrained}"
-        if num_skipped:
-            message += f"; {num_skipped:,} images were not there, or not as listed, when they were read"
         return message
 
-    def _close(self, listing: Listing, gap: Gap, images: Any) -> tuple[Any, int]:
-        """The table without the gap, and how many images were not there any more."""
+    def _close(self, listing: Listing, gap: Gap, images: Any) -> tuple[Any, EncodeCounts]:
+        """The table without the gap, and what came out."""
         with failures("encode"):
             images = self._prepare(listing, gap, images)
         images, counts = self._encode(images, listing, gap)
@@ -125,7 +123,7 @@ class IndexWriter:
                 table.delete_images(images, ids)
             images = table.compact(images, rows=self._small_file_rows, check=self.lease.check)
         self.found.images, self.found.num_skipped = images, counts.skipped
-        return images, counts.skipped
+        return images, counts
 
     def _sweep(self) -> str:
         keep = self.settings
@@ -205,6 +203,7 @@ class IndexWriter:
                 images,
                 num_quarantined=gap.num_quarantined + counts.quarantined,
                 num_skipped=counts.skipped,
+                num_denied=counts.denied,
                 num_listed=listing.num_listed,
                 most=settings.max_bad_fraction,
             )

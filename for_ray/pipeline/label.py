@@ -222,8 +222,7 @@ class _Run:
         looked_at = self._look_at(images)
         self._report(record, found, images, looked_at, lease)
         message = f"labelled {counts.stored:,} images; the report is {shown(self.layout.report_uri)}"
-        if counts.skipped:
-            message += f"; {counts.skipped:,} images were not there, or not as listed, when they were read"
+        message += counts.told
         rate = counts.stored / seconds if counts.stored else 0.0
         return self._summary(found, gap, images, message=message, looked_at=looked_at, images_per_second=rate)
 
@@ -315,6 +314,7 @@ class _Run:
                 images,
                 num_quarantined=gap.num_quarantined + counts.quarantined,
                 num_skipped=found.num_missing + counts.skipped,
+                num_denied=counts.denied,
                 num_listed=len(self.dataset),
                 most=settings.max_bad_fraction,
             )

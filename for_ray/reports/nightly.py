@@ -120,7 +120,7 @@ def _changes(report: RunReport) -> Section:
         listed = f"; it had listed {report.listed:,}" if report.listed else ""
         return Notice(title, f"Not known: the run failed before it had compared them{listed}.", is_half=True)
     names = ("listed", "new", "changed", "gone", "unchanged", "skipped")
-    note = "Skipped are those that were gone, or not as listed, when they were to be read."
+    note = "Skipped are those that were gone, not as listed, or denied when they were to be read."
     return Facts(title, [(name, getattr(report, name)) for name in names], note=note, is_half=True)
 
 

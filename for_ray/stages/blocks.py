@@ -30,8 +30,9 @@ BLOCK_BYTES = 48 * 2**20
 FRAGMENT_BYTES = 128 * 2**20
 """Vectors of a fragment, at most: what a writing task holds in memory."""
 
-OK, GONE, CHANGED = range(3)
-"""The `status` of a row on its way: to be stored, or passed over: deleted, replaced since the listing."""
+OK, GONE, CHANGED, DENIED = range(4)
+"""The `status` of a row on its way: to be stored, or passed over: deleted, replaced since the listing, not
+readable, nor anything beside it. The next run meets what is passed over again."""
 
 
 @dataclass(frozen=True)
@@ -163,12 +164,13 @@ class EncodeJob(TableJob):
 
 
 class EncodeCounts(NamedTuple):
-    """What came out: rows stored (with those quarantined), rows quarantined, gone and changed meanwhile."""
+    """What came out: rows stored (with those quarantined), quarantined, gone, changed meanwhile, denied."""
 
     stored: int = 0
     quarantined: int = 0
     gone: int = 0
     changed: int = 0
+    denied: int = 0
 
     @classmethod
     def of(cls, written: pa.Table) -> EncodeCounts:
@@ -181,8 +183,18 @@ class EncodeCounts(NamedTuple):
 
     @property
     def skipped(self) -> int:
-        """Rows of images that were deleted or replaced between the listing and the reading."""
-        return self.gone + self.changed
+        """Rows of images that were deleted or replaced between the listing and the reading, or denied."""
+        return self.gone + self.changed + self.denied
+
+    @property
+    def told(self) -> str:
+        """What a run says at its end of the rows that were skipped."""
+        missing, text = self.gone + self.changed, ""
+        if missing:
+            text = f"; {missing:,} images were not there, or not as listed, when they were read"
+        if self.denied:
+            text += f"; {self.denied:,} images could not be read and are tried again by the next run"
+        return text
 
     @property
     def total(self) -> int:
@@ -304,5 +316,6 @@ def write_block(block: pa.Table, *, job: TableJob) -> pa.Table:
         quarantined=rows.num_rows - rows["error"].null_count,
         gone=pc.sum(pc.equal(status, GONE)).as_py() or 0,
         changed=pc.sum(pc.equal(status, CHANGED)).as_py() or 0,
+        denied=pc.sum(pc.equal(status, DENIED)).as_py() or 0,
     )
     return pa.table({"fragments": [fragments], **{name: [count] for name, count in counts._asdict().items()}})

@@ -25,7 +25,7 @@ COUNTERS = {
     "images_read_total": "Images fetched and decoded.",
     "images_encoded_total": "Images encoded.",
     "images_quarantined_total": "Images stored as quarantined.",
-    "images_skipped_total": "Images that were gone or replaced when they were to be read.",
+    "images_skipped_total": "Images that were gone, replaced or denied when they were to be read.",
     "read_seconds_total": "Seconds that tasks fetched and decoded.",
     "encode_seconds_total": "Seconds that actors encoded.",
     "encoder_wait_seconds_total": "Seconds that actors, and their GPUs, waited for images.",

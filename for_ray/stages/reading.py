@@ -1,7 +1,7 @@
 """Reading a block of images: each object is fetched, bound to its etag, and decoded into pixels.
 
-What a row can't be blamed for (the network, the credentials) is raised; what it can, such as a uri that no
-object can have, becomes its `error`.
+What a row can't be blamed for (the network, the credentials) is raised, or the row is passed over and tried
+again by the next run; what it can, such as a uri that no object can have, becomes its `error`.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from numpy.typing import NDArray
 from for_ray.errors import ConfigError, DataError, ForRayError, StorageError
 from for_ray.model.preprocess import decode
 from for_ray.stages.apart import Apart, Decode
-from for_ray.stages.blocks import CHANGED, GONE, OK, ImageJob
+from for_ray.stages.blocks import CHANGED, DENIED, GONE, OK, ImageJob
 from for_ray.storage import (
+    NoBucket,
     NotAnObject,
     ObjectChanged,
     ObjectDenied,
@@ -29,8 +30,8 @@ from for_ray.storage import (
     read_image,
 )
 
-_DENIED = -1
-"""The `status` of a row of which it is not known yet whether others can be read."""
+_NO_BUCKET = -1
+"""The `status` of a row whose bucket does not exist, until it is known whether others can be read."""
 
 
 def read_block(block: pa.Table, *, job: ImageJob, is_apart: bool = False) -> pa.Table:
@@ -46,8 +47,8 @@ def read_block(block: pa.Table, *, job: ImageJob, is_apart: bool = False) -> pa.
         have pixels come first, so that the encoder sees them in one piece.
 
     Raises:
-        StorageError: The store refused all rows and to list where they lie, or the network failed again and
-            again.
+        StorageError: The store refused all of several rows and to list where they lie, or the network failed
+            again and again.
     """
     size = job.image_size
     pixels = np.zeros((block.num_rows, 3, size, size), np.uint8)
@@ -94,7 +95,9 @@ def _read_row(row: tuple[int, str, str], *, pixels: NDArray[np.uint8], decode_wi
     except ObjectChanged:
         return None, None, None, CHANGED
     except ObjectDenied as error:
-        return None, None, str(error), _DENIED
+        return None, None, str(error), DENIED
+    except NoBucket as error:
+        return None, None, str(error), _NO_BUCKET
     except (ConfigError, DataError, NotAnObject) as error:  # the first where the uri names no place
         return None, None, str(error), OK
     pixels[position] = decoded.pixels
@@ -102,15 +105,18 @@ def _read_row(row: tuple[int, str, str], *, pixels: NDArray[np.uint8], decode_wi
 
 
 def _with_denied(outcomes: list[_Outcome], uris: list[str]) -> list[_Outcome]:
-    """What may not be read is quarantined, but where it is the credentials' fault.
+    """What may not be read is quarantined beside what may; where nothing may be, the rows are not to blame.
 
-    It is where none of several rows may be read, nor the place of the first be listed. Where it may be, the
-    objects are another owner's, say, and `max_bad_fraction` says how many may.
+    Then they are passed over, if there are several: the right to read may be lost and come back, or the store
+    be another one. Where not even the place of the first may be listed, it is the credentials' fault.
     """
-    denied = [reason for _, _, reason, status in outcomes if status == _DENIED]
-    if len(denied) == len(outcomes) > 1 and not _can_list(uris[0].rpartition("/")[0]):
-        raise StorageError(denied[0])
-    return [_quarantined(outcome) if outcome[3] == _DENIED else outcome for outcome in outcomes]
+    statuses = [status for *_, status in outcomes]
+    num_denied = statuses.count(DENIED)
+    if OK in statuses or num_denied + statuses.count(_NO_BUCKET) < 2:
+        return [_quarantined(outcome) for outcome in outcomes]
+    if num_denied == len(outcomes) and not _can_list(uris[0].rpartition("/")[0]):
+        raise StorageError(outcomes[0][2])
+    return [(*outcome[:3], DENIED if outcome[3] == _NO_BUCKET else outcome[3]) for outcome in outcomes]
 
 
 def _can_list(uri: str) -> bool:
@@ -122,5 +128,9 @@ def _can_list(uri: str) -> bool:
     return True
 
 
-def _quarantined(denied: _Outcome) -> _Outcome:
-    return None, None, f"{denied[2]}; then run with --retry-quarantined", OK
+def _quarantined(outcome: _Outcome) -> _Outcome:
+    """The outcome, stored with its reason where it was not known yet whether others can be read."""
+    *_, reason, status = outcome
+    if status not in (DENIED, _NO_BUCKET):
+        return outcome
+    return None, None, f"{reason}; then run with --retry-quarantined", OK

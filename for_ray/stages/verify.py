@@ -39,6 +39,11 @@ the 50th, which more lists have to be looked at for, so that its recall is rathe
 WORST_CAUSES = 5
 """Reasons of quarantine that the message of a refused run names."""
 
+DENIED_CAUSE = (
+    "could not be read, nor any beside them: check the rights to read objects, the keys that they are "
+    "encrypted with, and AWS_ENDPOINT_URL"
+)
+
 IMAGES_A_TASK, IMAGES_A_READ = 50_000, 512
 """Images that one task compares with all queries, and how many of them it holds at once."""
 
@@ -135,15 +140,16 @@ def measure_recall(
 
 
 def check_readable(
-    images: Any, *, num_quarantined: int, num_skipped: int, num_listed: int, most: float
+    images: Any, *, num_quarantined: int, num_skipped: int, num_denied: int, num_listed: int, most: float
 ) -> None:
     """Raise when more than this share of the listed images could not be read.
 
     Args:
         images: The table, for the reasons of those in quarantine.
         num_quarantined: Listed images that are quarantined.
-        num_skipped: Those that were not there, or not as listed, when they were to be read: a manifest that
-            is wrong as a whole must not empty an index.
+        num_skipped: Those that were not there, or not as listed, when they were to be read, or denied: a
+            manifest that is wrong as a whole must not empty an index.
+        num_denied: Those of them that could not be read, nor any beside them.
         num_listed: All of them.
         most: The share.
 
@@ -153,7 +159,8 @@ def check_readable(
     num_bad = num_quarantined + num_skipped
     if num_bad <= most * num_listed:
         return
-    found = [Cause(cause="not there, or not as listed", count=num_skipped)] if num_skipped else []
+    skipped = {"not there, or not as listed": num_skipped - num_denied, DENIED_CAUSE: num_denied}
+    found = [Cause(cause=cause, count=count) for cause, count in skipped.items() if count]
     found += worst_causes(images, limit=WORST_CAUSES, num_examples=1)
     causes = "; ".join(
         f"{each.count:,} × {each.cause}" + "".join(f" ({shown(uri)})" for uri in each.examples)
@@ -171,7 +178,7 @@ def check_closed(*, num_missing: int, num_skipped: int, num_stale: int) -> None:
 
     Args:
         num_missing: New and changed images of a diff of the same listing against the final table.
-        num_skipped: Images that were deleted or replaced between the listing and the reading.
+        num_skipped: Images that were deleted or replaced between the listing and the reading, or denied.
         num_stale: Rows of no listed image, and second rows of one.
 
     Raises:

@@ -24,7 +24,14 @@ from for_ray.storage.objects import (
     write_bytes,
 )
 from for_ray.storage.ranged import RangedReader
-from for_ray.storage.refusals import ConditionFailed, NotAnObject, ObjectChanged, ObjectDenied, ObjectGone
+from for_ray.storage.refusals import (
+    ConditionFailed,
+    NoBucket,
+    NotAnObject,
+    ObjectChanged,
+    ObjectDenied,
+    ObjectGone,
+)
 from for_ray.storage.spill import Spill
 from for_ray.storage.tars import find_image, list_members, read_image
 from for_ray.storage.temporary import temporary_folder
@@ -34,6 +41,7 @@ __all__ = [
     "ConditionFailed",
     "Entry",
     "Lease",
+    "NoBucket",
     "NotAnObject",
     "ObjectChanged",
     "ObjectDenied",

@@ -27,6 +27,10 @@ class NotAnObject(StorageError):  # noqa: N818
     """No object can be at this uri, whoever asks: too long a name, a folder, a bucket that does not exist."""
 
 
+class NoBucket(NotAnObject):
+    """The bucket does not exist: the uri is wrong, or the store is another one than it means."""
+
+
 class ConditionFailed(StorageError):  # noqa: N818
     """A conditional write lost: the object exists already, or has another etag than the caller knew."""
 

@@ -33,6 +33,7 @@ from for_ray.storage import patience
 from for_ray.storage.disk import Entry, replacing
 from for_ray.storage.refusals import (
     ConditionFailed,
+    NoBucket,
     NotAnObject,
     ObjectChanged,
     ObjectDenied,
@@ -45,7 +46,7 @@ from for_ray.storage.uris import shown, split_s3
 _MOVED = ("PreconditionFailed", "412", "ConditionalRequestConflict", "409")
 _GONE = ("NoSuchKey", "404", "NoSuchVersion")
 _DENIED = ("AccessDenied", "AllAccessDisabled", "403")
-_NO_OBJECTS = ("NoSuchBucket", "InvalidBucketName", "InvalidURI", "KeyTooLongError")
+_NO_OBJECTS = ("InvalidBucketName", "InvalidURI", "KeyTooLongError")
 _BROKEN_OFF = (ResponseStreamingError, IncompleteReadError, ReadTimeoutError, ConnectionClosedError)
 
 
@@ -186,6 +187,8 @@ def _get(client: Any, uri: str, wanted: dict[str, Any]) -> dict[str, Any]:
         _raise_if_data(uri, error)
         if _code(error) in _DENIED:
             raise ObjectDenied(str(s3_refusal(error, "read", uri, client.meta.endpoint_url))) from error
+        if _code(error) == "NoSuchBucket":
+            raise NoBucket(str(s3_refusal(error, "read", uri, client.meta.endpoint_url))) from error
         if _code(error) in _NO_OBJECTS:
             raise NotAnObject(str(s3_refusal(error, "read", uri, client.meta.endpoint_url))) from error
         raise

@@ -8,15 +8,30 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
 from for_ray.errors import DataError, ForRayError, StorageError
-from for_ray.storage import NotAnObject, ObjectDenied, download, list_objects, read_bytes, write_bytes
+from for_ray.schema import LISTING_SCHEMA
+from for_ray.stages.blocks import DENIED, OK
+from for_ray.stages.reading import read_block
+from for_ray.storage import (
+    NoBucket,
+    NotAnObject,
+    ObjectDenied,
+    download,
+    list_objects,
+    read_bytes,
+    write_bytes,
+)
 from for_ray.storage.patience import NUM_ATTEMPTS
+from tests.odd_keys import make_job
 
 pytestmark = pytest.mark.s3
 
 CONTENT = b"0123456789" * 1000
+
+LISTING = b"<ListBucketResult><IsTruncated>false</IsTruncated></ListBucketResult>"
 
 URI = "s3://bucket/a.jpg"
 
@@ -36,6 +51,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         elif line in ("ok", "cut"):
             content = b"" if self.command == "PUT" else CONTENT
             self._reply(200, content, len(content) if line == "ok" else 4321)
+        elif line == "listing":
+            self._reply(200, LISTING, len(LISTING))
         else:
             status, _, code = line.partition(" ")
             body = f"<Error><Code>{code}</Code><Message>scripted</Message></Error>".encode()
@@ -112,7 +129,7 @@ def test_lasting_trouble_ends_with_one_line(store, trouble, reason):
         ("507 InsufficientStorage", StorageError, "the store is full"),
         ("418 Teapot", StorageError, r"the store at http://127\S+ answered Teapot: scripted"),
         ("403 InvalidObjectState", DataError, r"is archived \(Glacier\); restore it first"),
-        ("404 NoSuchBucket", NotAnObject, "the bucket does not exist; check its name"),
+        ("404 NoSuchBucket", NoBucket, "the bucket does not exist; check its name"),
         ("400 KeyTooLongError", NotAnObject, "the key is longer than the store allows; choose a shorter one"),
         ("404 NoSuchKey", DataError, "is not there"),
         ("412 PreconditionFailed", DataError, "has changed since it was listed"),
@@ -133,6 +150,31 @@ def test_a_uri_that_no_object_can_have_is_not_asked_for(store, uri):
     with pytest.raises(NotAnObject, match=r"cannot read s3://.*: the name is not valid .*; check the uri"):
         read_bytes(uri, etag="etag")
     assert store.num_requests == 0
+
+
+def test_rows_of_a_store_without_the_bucket_are_tried_again_unless_others_can_be_read(store, tmp_path):
+    """The store may be the wrong one, AWS_ENDPOINT_URL unset; one row alone says nothing of it."""
+    store.script = ["404 NoSuchBucket"]
+    (tmp_path / "empty.jpg").touch()
+    uris = ["s3://bucket/a.jpg", "s3://bucket/b.jpg", str(tmp_path / "empty.jpg")]
+    rows = pa.table([uris, ["x", "x", ""], [1, 1, 0]], schema=LISTING_SCHEMA)
+    for length, status in ((1, OK), (2, DENIED), (3, OK)):
+        block = read_block(rows.slice(0, length), job=make_job())
+        assert block["status"].to_pylist() == [status] * length
+        assert (
+            block["error"][0].as_py().startswith("cannot read s3://bucket/a.jpg: the bucket does not exist")
+        )
+
+
+def test_rows_that_may_be_listed_and_not_read_are_tried_again(store):
+    """The policy, or the key that they are encrypted with, is lost; where listing fails too, it is raised."""
+    uris = ["s3://bucket/a.jpg", "s3://bucket/b.jpg"]
+    rows = pa.table([uris, ["x", "x"], [1, 1]], schema=LISTING_SCHEMA)
+    store.script = ["403 AccessDenied", "403 AccessDenied", "listing"]
+    assert read_block(rows, job=make_job())["status"].to_pylist() == [DENIED, DENIED]
+    store.script = ["403 AccessDenied"]
+    with pytest.raises(StorageError, match=r"cannot read s3://bucket/a\.jpg: access is denied"):
+        read_block(rows, job=make_job())
 
 
 def test_attempts_can_be_set(store, monkeypatch):

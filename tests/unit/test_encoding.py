@@ -27,10 +27,11 @@ NUM_IMAGES = 12
 
 
 class Passes:
-    """Encode stages that store some rows each, find others gone, and may crash; how they were asked."""
+    """Encode stages that store some rows each, skip others, and may crash; how they were asked."""
 
     def __init__(self, home: Path, *passes: tuple[int, str | None] | tuple[int, str | None, int]) -> None:
         self._home, self._passes = home, list(passes)
+        self.why = "gone"
         self.were_there: list[list[str]] = []
         self.were_apart: list[bool] = []
         self.asked: list[list[str]] = []
@@ -53,7 +54,8 @@ class Passes:
         work = WorkTime(
             read_seconds=1, wait_seconds=0, encode_seconds=0, write_seconds=0, num_actors=1, has_gpus=False
         )
-        return stage.Encoded(images, EncodeCounts(stored=num_stored, gone=sum(rest)), work, crash)
+        counts = EncodeCounts(stored=num_stored, **{self.why: sum(rest)})
+        return stage.Encoded(images, counts, work, crash)
 
 
 @pytest.fixture(autouse=True)
@@ -212,10 +214,12 @@ def test_nothing_is_deleted_without_the_lease(run):
     assert made.were_there == [[], ["rest-1"]]
 
 
-def test_images_that_are_gone_are_counted_once_though_they_are_met_apart_too(run, rows_per_file):
+@pytest.mark.parametrize("why", ["gone", "changed", "denied"])
+def test_images_that_are_skipped_are_counted_once_though_they_are_met_apart_too(run, rows_per_file, why):
     rows_per_file(3)
     start, made, _ = run((2, OF_PROCESS), (1, None, 2), (7, None, 2))
-    assert start().counts == EncodeCounts(stored=10, gone=2)
+    made.why = why
+    assert start().counts == EncodeCounts(stored=10, **{why: 2})
     assert [len(uris) for uris in made.asked] == [12, 3, 9]
 
 

@@ -22,6 +22,7 @@ from for_ray.schema import LISTING_SCHEMA, images_schema
 from for_ray.stages import reading
 from for_ray.stages.blocks import (
     CHANGED,
+    DENIED,
     GONE,
     OK,
     EncodeCounts,
@@ -112,17 +113,29 @@ def test_an_image_that_may_not_be_read_is_quarantined_beside_others(job, listed)
     assert block["width"].to_pylist() == [None]
 
 
-def test_objects_of_another_owner_are_quarantined_where_their_place_may_be_listed(job, listed):
+def test_where_no_row_may_be_read_but_their_place_be_listed_all_are_tried_again(job, listed):
+    """The right to read may come back: what was stored as quarantined would not be read then."""
     with open_folder() as folder:
-        uris = [str(folder / name) for name in ("a.jpg", "b.jpg")]
-        for uri in uris:
+        uris = [str(folder / name) for name in ("a.jpg", "b.jpg", "gone.jpg", "c.jpg")]
+        for uri in uris[:2]:
             Path(uri).touch(mode=0)
-        rows = listed.slice(0, 2).set_column(0, "uri", [uris]).set_column(1, "etag", [["x", "x"]])
+        Path(uris[3]).touch()
+        rows = listed.slice(0, 4).set_column(0, "uri", [uris]).set_column(1, "etag", [["x", "x", "x", ""]])
         with without_rights():
-            block = read_block(rows, job=job)
-        told = "permission is denied; change the permissions or the user; then run with --retry-quarantined"
-        assert block["error"].to_pylist() == [f"cannot read {uri}: {told}" for uri in uris]
-        assert block["status"].to_pylist() == [OK, OK]
+            block = read_block(rows.slice(0, 3), job=job)
+            beside = read_block(rows, job=job)
+        told = "permission is denied; change the permissions or the user"
+        errors = [f"cannot read {uri}: {told}" for uri in uris[:2]]
+        assert block["status"].to_pylist() == [DENIED, DENIED, GONE]
+        assert block["error"].to_pylist() == [*errors, None]
+        written = write_block(EncodeImages(job, 1)(block), job=job)
+        counts = EncodeCounts.of(written)
+        assert (counts, written["fragments"][0].as_py()) == (EncodeCounts(gone=1, denied=2), [])
+        assert (counts.skipped, counts.total) == (3, 3)
+        assert beside["status"].to_pylist() == [OK, OK, GONE, OK]
+        again = [f"{error}; then run with --retry-quarantined" for error in errors]
+        assert beside["error"].to_pylist() == [*again, None, "the file is empty"]
+        rows = rows.slice(0, 2)
         folder.chmod(0)
         with without_rights(), pytest.raises(StorageError, match=f"cannot read {uris[0]}: permission is"):
             read_block(rows, job=job)
@@ -149,6 +162,20 @@ def test_a_uri_that_names_no_object_costs_its_row_alone(job, listed, tmp_path):
     errors = block["error"].to_pylist()
     assert errors[0] is None
     assert [reason in error for reason, error in zip(reasons, errors[1:], strict=True)] == [True] * 6
+
+
+@pytest.mark.parametrize(
+    ("counts", "told"),
+    [
+        (EncodeCounts(stored=3, quarantined=1), ""),
+        (EncodeCounts(gone=1, changed=1), "; 2 images were not there, or not as listed, when they were read"),
+        (EncodeCounts(denied=1200), "; 1,200 images could not be read and are tried again by the next run"),
+    ],
+)
+def test_what_was_skipped_is_told(counts, told):
+    assert counts.told == told
+    both = counts.plus(EncodeCounts(gone=1, denied=1)).told
+    assert (both.count(";"), "could not be read" in both) == (2, True)
 
 
 def test_rows_are_stored_once_with_vectors_boxes_and_metadata(job, listed, tmp_path):

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from for_ray.errors import StageError
 from for_ray.evaluation.exact import exact_top_images
 from for_ray.index import table
 from for_ray.index.codec import codec_to_bytes, train_codec
@@ -168,6 +169,15 @@ def test_a_sample_without_a_living_image_says_nothing(measure, monkeypatch):
     monkeypatch.setattr(verify, "_draw_sample", lambda segments: holes._replace(segments=segments))
     assert run(target=0.9) == (None, 1, 0.9)
     assert compared == [0]
+
+
+def test_what_could_not_be_read_at_all_is_told_apart_from_what_was_not_there(layout):
+    images = table.create_table(layout.images_uri("f"), SCHEMA)
+    counts = {"num_quarantined": 0, "num_skipped": 7, "num_denied": 5, "num_listed": 100}
+    verify.check_readable(images, **counts, most=0.07)
+    told = r"7 of 100 images .* Worst: 2 × not there, or not as listed; 5 × could not be read, nor .*AWS_ENDPOINT"
+    with pytest.raises(StageError, match=told):
+        verify.check_readable(images, **counts, most=0.05)
 
 
 def test_a_task_takes_many_pieces_and_reads_what_is_left_of_them(layout, monkeypatch):
