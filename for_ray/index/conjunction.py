@@ -23,7 +23,7 @@ from scipy.optimize import linear_sum_assignment
 
 from for_ray.index.probe import Searchable
 from for_ray.index.search import CODE_NOISE, FEW_IMAGES, HITS_PER_IMAGE, RERANK_AT_ONCE, num_candidates
-from for_ray.index.selection import allowed_ids
+from for_ray.index.selection import allowed_ids, is_among
 from for_ray.schema import image_ids_of
 
 MAX_LOOKED_AT = 5000
@@ -100,33 +100,29 @@ def search_clauses(
         exclude_image_ids: Sorted; images that are never found.
         only_image_ids: Sorted and distinct; no other images are found; few of them are all scored, without
             the index.
-        max_looked_at: Images scored at most, but as many as k images need in any case; where it ends the
-            search, others may answer too.
+        max_looked_at: Images scored at most, the best hits first, but as many as k images need in any case;
+            where it ends the search, others may answer too.
 
     Raises:
         ValueError: k is below 1, there is no clause, one wants nothing, or shapes are wrong.
     """
     terms = np.asarray(terms, np.float32)
     _check(terms, clauses, k, limits)
-    judge = _Judge(terms, clauses, limits, objects, k)
-    wanted, nprobe = num_candidates(k), segments.nprobe
-    most = max(wanted, FEW_IMAGES, max_looked_at)
+    judge = _Judge(terms, clauses, limits, objects, k, max_looked_at)
     allowed = None if only_image_ids is None else allowed_ids(only_image_ids, exclude_image_ids)
-    if allowed is not None and len(allowed) <= max(FEW_IMAGES, wanted):
-        judge.score(allowed, most)
+    if allowed is not None and len(allowed) <= max(FEW_IMAGES, judge.least):
+        judge.score(allowed)
         return judge.matches(is_exhaustive=True, is_proven=True)
-    fetch = HITS_PER_IMAGE * wanted
+    fetch, nprobe = HITS_PER_IMAGE * judge.least, segments.nprobe
     filters = {"exclude_image_ids": exclude_image_ids, "only_image_ids": only_image_ids}
     while True:
         hits = segments.search(terms[judge.wanted], fetch, nprobe=nprobe, **filters)
         is_drained = hits.scores.shape[1] < fetch  # nothing is left in these lists
-        has_all = judge.score(np.unique(image_ids_of(hits.vector_ids[hits.vector_ids >= 0])), most)
+        has_all = judge.score(_by_rank(hits.vector_ids))
         if has_all and is_drained and nprobe >= segments.nlist:
             return judge.matches(is_exhaustive=True, is_proven=True)
-        ceiling = -np.inf if is_drained else judge.ceiling(hits.scores[:, -1]) + CODE_NOISE
-        is_proven = has_all and judge.num_scored >= wanted and ceiling < judge.floor
-        enough = max(wanted, MAX_LOOKED_AT) if judge.is_full else most
-        if is_proven or judge.num_scored >= min(enough, most):
+        is_proven = has_all and judge.is_proven(None if is_drained else hits.scores[:, -1])
+        if is_proven or judge.has_enough:
             return judge.matches(is_exhaustive=False, is_proven=is_proven)
         fetch, nprobe = (fetch, 2 * nprobe) if is_drained else (2 * fetch, nprobe)
 
@@ -184,9 +180,12 @@ class _Judge:
         limits: NDArray[np.floating],
         objects: Objects,
         k: int,
+        max_looked_at: int,
     ) -> None:
         self._terms, self._clauses, self._limits = terms.astype(np.float64).T, clauses, limits
         self._objects, self._k = objects, k
+        self.least = num_candidates(k)  # images that are scored in any case
+        self._most = max(self.least, FEW_IMAGES, max_looked_at)
         self.wanted = sorted({term for wanted, _ in clauses for term in wanted})
         self._seen = np.empty(0, np.int64)
         self._ids, self._of = np.empty(0, np.int64), np.empty(0, np.int64)
@@ -205,15 +204,21 @@ class _Judge:
         """The k-th score; -inf before there are k."""
         return float(self._scores[-1]) if self.is_full else -np.inf
 
-    def ceiling(self, last: NDArray[np.float32]) -> float:
-        """The highest score of an image in no list of hits, by the lists' last scores."""
-        by_term = dict(zip(self.wanted, last.tolist(), strict=True))
-        return float(max(min(by_term[term] for term in wanted) for wanted, _ in self._clauses))
+    @property
+    def has_enough(self) -> bool:
+        """Whether the search ends without a proof."""
+        enough = max(self.least, MAX_LOOKED_AT) if self.is_full else self._most
+        return self.num_scored >= min(enough, self._most)
 
-    def score(self, image_ids: NDArray[np.int64], most: int) -> bool:
-        """Score the images that were not scored before, `most` in all; ids are sorted. Whether it did all."""
-        unseen = np.setdiff1d(image_ids, self._seen, assume_unique=True)
-        new = unseen[: most - len(self._seen)]
+    def is_proven(self, last: NDArray[np.float32] | None) -> bool:
+        """Whether images in no list of hits are worse, by the lists' last scores; None: they hold all."""
+        ceiling = -np.inf if last is None else self._ceiling(last) + CODE_NOISE
+        return self.num_scored >= self.least and ceiling < self.floor
+
+    def score(self, image_ids: NDArray[np.int64]) -> bool:
+        """Score the images that are new, the first ones up to the bound; whether it did all."""
+        unseen = image_ids[~is_among(image_ids, self._seen)]
+        new = np.sort(unseen[: self._most - len(self._seen)])
         self._seen = np.union1d(self._seen, new)
         for start in range(0, len(new), RERANK_AT_ONCE):
             found = self._objects(new[start : start + RERANK_AT_ONCE])
@@ -225,6 +230,11 @@ class _Judge:
         return Matches(
             self._ids, self._scores, self._of, self.is_full, is_exhaustive, is_proven, self.num_scored
         )
+
+    def _ceiling(self, last: NDArray[np.float32]) -> float:
+        """The highest score of an image in no list of hits."""
+        by_term = dict(zip(self.wanted, last.tolist(), strict=True))
+        return float(max(min(by_term[term] for term in wanted) for wanted, _ in self._clauses))
 
     def _score(self, found: ImageObjects) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         # In float64 and rounded once, as in `search`: equal images have equal scores.
@@ -248,6 +258,13 @@ class _Judge:
         clauses = np.concatenate([self._of, clauses[answers]])
         best = np.lexsort((ids, -scores))[: self._k]
         self._ids, self._scores, self._of = ids[best], scores[best], clauses[best]
+
+
+def _by_rank(vector_ids: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The images of hits [Q, R], each once: the first hit of every query, then the second, and so on."""
+    ranked = vector_ids.T[vector_ids.T >= 0]
+    image_ids, firsts = np.unique(image_ids_of(ranked), return_index=True)
+    return image_ids[np.argsort(firsts)]
 
 
 def _by_place(

@@ -27,6 +27,8 @@ MAX_REASON_LETTERS = 200
 _UNREAD = re.compile(r"'[^']*'|\"[^\"]*\"|`[^`]*`|--[^\n]*|/\*.*?\*/", re.DOTALL)
 # Lance compares a column of whole numbers with those alone that its type can hold.
 _NO_WHOLE_NUMBER = re.compile(r"Received literal (?:Float|U?Int)\d+\((\S+)\) .* of type '(U?Int\d+)'")
+# Each reading of the table gives them another value. Text and columns with these names are taken for them.
+_UNSTEADY = re.compile(r"\b(?:now|today|current_\w+|rand|random|uuid)\b", re.IGNORECASE)
 _OWN_COLUMNS = frozenset({"vectors", "boxes", "error"})  # of no use in a filter
 
 
@@ -61,6 +63,11 @@ def filtered_ids(images: Any, filters: Filters) -> NDArray[np.int64] | None:
 def _known_ids(image_ids: Sequence[int]) -> NDArray[np.int64]:
     """Ascending, each once, without those that no image can have."""
     return np.unique(np.array([each for each in image_ids if 0 <= each < ALL_IDS[1]], np.int64))
+
+
+def is_steady(filters: Filters) -> bool:
+    """Whether the same images of a snapshot pass each time: no condition asks for the time, or for chance."""
+    return filters.where is None or _UNSTEADY.search(filters.where) is None
 
 
 def columns_of(images: Any) -> list[str]:

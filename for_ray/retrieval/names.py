@@ -31,10 +31,15 @@ class Kept(Generic[Key, Value]):
 
     Args:
         most: Values that are held.
+        most_bytes: That they take together; the last used one is held even if it alone takes more.
+        num_bytes: What a key and its value take.
     """
 
-    def __init__(self, most: int) -> None:
-        self._most = most
+    def __init__(
+        self, most: int, *, most_bytes: int = 0, num_bytes: Callable[[Key, Value], int] = lambda *_: 0
+    ) -> None:
+        self._most, self._most_bytes, self._num_bytes = most, most_bytes, num_bytes
+        self._held_bytes = 0
         self._values: OrderedDict[Key, Value] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -49,11 +54,18 @@ class Kept(Generic[Key, Value]):
                 return self._values[key]
         value = make()
         with self._lock:
-            value = self._values.setdefault(key, value)  # another thread may have made it too
+            if key not in self._values:  # else another thread made it too
+                self._values[key] = value
+                self._held_bytes += self._num_bytes(key, value)
+            value = self._values[key]
             self._values.move_to_end(key)
-            while len(self._values) > self._most:
-                self._values.popitem(last=False)
+            while self._is_over():
+                self._held_bytes -= self._num_bytes(*self._values.popitem(last=False))
         return value
+
+    def _is_over(self) -> bool:
+        has_others = len(self._values) > 1
+        return len(self._values) > self._most or (has_others and self._held_bytes > self._most_bytes)
 
 
 class NameVectors:

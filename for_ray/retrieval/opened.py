@@ -25,7 +25,7 @@ from for_ray.index.search import ImageVectors, open_segments
 from for_ray.index.table import open_table
 from for_ray.model.bundle import Bundle, open_bundle
 from for_ray.retrieval.asking import Search, TimedSegments
-from for_ray.retrieval.filters import columns_of, filtered_ids
+from for_ray.retrieval.filters import columns_of, filtered_ids, is_steady
 from for_ray.retrieval.names import Kept, NameVectors
 from for_ray.retrieval.paging import check_page, read_token
 from for_ray.retrieval.queries import (
@@ -47,7 +47,7 @@ from for_ray.retrieval.rows import (
     sample_vectors,
 )
 from for_ray.retrieval.sheets import sheet_of
-from for_ray.schema import Layout, Snapshot
+from for_ray.schema import MAX_SLOTS, Layout, Snapshot
 from for_ray.storage.refusals import lance_refusals
 
 if TYPE_CHECKING:
@@ -55,8 +55,12 @@ if TYPE_CHECKING:
 
 
 FILTERS_KEPT = 4
-"""Filters whose images are known without a look at the table, the last used ones: 8 bytes an image, and with
-them the selectors that the segments keep of them, 32 bytes an image."""
+"""Filters whose images are known without a look at the table, the last used ones."""
+
+MAX_FILTER_BYTES = 128_000_000
+"""That these take together: 8 bytes for each image that passes and, for the bitmap that the segments keep of
+them, 32 for each from the first that passes to the last. One that alone takes more is kept until the next:
+0.8 GB where all of 20 million images pass. Given ids take 40 bytes each in addition, as Python's numbers."""
 
 IMAGES_KEPT = 10_000
 """Whose place is known without asking the table: a page of hits asks for each thumbnail again and again."""
@@ -150,7 +154,7 @@ class OpenIndex:
         self._texts = texts
         self._is_closed = False
         self._sample: ImageVectors | None = None
-        self._filtered: Kept[Filters, NDArray[np.int64] | None] = Kept(FILTERS_KEPT)
+        self._filtered = _kept_filters()
         self._lock = threading.Lock()
         self._find_image: Callable[[int], StoredImage | None] = functools.lru_cache(IMAGES_KEPT)(
             functools.partial(find_image, images)
@@ -181,7 +185,7 @@ class OpenIndex:
         self._is_closed = True
         self._segments.close()
         self._images = self._sample = self._texts = None
-        self._filtered = Kept(FILTERS_KEPT)
+        self._filtered = _kept_filters()
         self._find_image = functools.partial(find_image, None)
 
     def image(self, image_id: int) -> StoredImage | None:
@@ -307,9 +311,9 @@ class OpenIndex:
         return dataclasses.replace(answer, seconds=seconds)
 
     def _filtered_ids(self, filters: Filters) -> NDArray[np.int64] | None:
-        """The very same array each time: what the segments make of it is made once."""
-        if not filters:
-            return None
+        """The very same array while it is kept: what the segments make of it is made once."""
+        if not (filters and is_steady(filters)):
+            return filtered_ids(self._images, filters)
         return self._filtered.get(filters, lambda: filtered_ids(self._images, filters))
 
     def _limits(self, terms: NDArray[np.float32]) -> NDArray[np.float64]:
@@ -325,6 +329,17 @@ def snapshot_of_page(token: str) -> int:
         ConfigError: It is no token of a page.
     """
     return read_token(token).snapshot_id
+
+
+def _kept_filters() -> Kept[Filters, NDArray[np.int64] | None]:
+    return Kept(FILTERS_KEPT, most_bytes=MAX_FILTER_BYTES, num_bytes=_filter_bytes)
+
+
+def _filter_bytes(filters: Filters, ids: NDArray[np.int64] | None) -> int:
+    given = 0 if filters.image_ids is None else len(filters.image_ids)
+    if ids is None or not len(ids):
+        return 40 * given
+    return 40 * given + ids.nbytes + MAX_SLOTS // 8 * (int(ids[-1]) - int(ids[0]) + 1)
 
 
 def _check_encoder(encoder: str, layout: Layout, snapshot: Snapshot) -> None:

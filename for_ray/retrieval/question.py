@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -35,13 +35,18 @@ class Filters:
         under: Uris that begin so: a folder, a bucket's prefix.
         glob: Uris that match: `*` any letters, slashes too, `?` one, `[a-c]` one of these.
         where: Lance's SQL over the table's columns, those of the manifest among them: `camera = 2`.
-        image_ids: These alone, in any order.
+        image_ids: These alone, in any order; kept as a tuple.
     """
 
     under: str | None = None
     glob: str | None = None
     where: str | None = None
-    image_ids: tuple[int, ...] | None = None
+    image_ids: Sequence[int] | None = None
+
+    def __post_init__(self) -> None:
+        if self.image_ids is not None and not isinstance(self.image_ids, tuple):
+            # Filters are keys: of the ids that are kept of them, and of an answer's pages.
+            object.__setattr__(self, "image_ids", tuple(map(int, self.image_ids)))
 
     def __bool__(self) -> bool:
         return any(each is not None for each in (self.under, self.glob, self.where, self.image_ids))

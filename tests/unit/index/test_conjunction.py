@@ -13,6 +13,7 @@ from for_ray.index.search import open_segments
 from for_ray.index.table import open_table
 from for_ray.model.bundle import Bundle
 from for_ray.retrieval.rows import take_objects
+from for_ray.schema import MAX_SLOTS
 from tests.planted import Planted, PlantedIndex
 
 DIM = 16
@@ -226,6 +227,44 @@ def test_a_bound_holds_to_the_image(
     whole = search(10_000)
     assert whole.is_exhaustive
     assert len(whole.image_ids) == len(exact)
+
+
+def test_images_by_the_rank_of_their_best_hit() -> None:
+    hits = np.array([[9, 9, 4, 7], [8, 2, 9, -1]])
+    vector_ids = np.where(hits < 0, -1, hits * MAX_SLOTS + np.array([[0], [3]]))
+    assert conjunction._by_rank(vector_ids).tolist() == [9, 8, 2, 4, 7]
+    assert not len(conjunction._by_rank(np.full((2, 3), -1)))
+
+
+def test_the_best_hits_are_looked_at_before_a_bound(
+    tmp_path: Path, tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The later an image's id, the better it is: the bound leaves out the first ids, not the best hits."""
+    monkeypatch.setattr(conjunction, "FEW_IMAGES", 0)
+    monkeypatch.setattr(conjunction, "num_candidates", lambda k: 8)
+    terms = np.eye(2, DIM, dtype=np.float32)
+    planted = PlantedIndex.make(tmp_path / "index", tiny_bundle)
+    images = []
+    for number in range(60):
+        vectors = np.concatenate([terms, np.eye(2, DIM, 2, dtype=np.float32)]) * 0.1
+        low = 0.2 + number / 100
+        vectors[0, [0, 3]], vectors[1, [1, 4]] = [low, np.sqrt(1 - low**2)], [low, np.sqrt(1 - low**2)]
+        vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+        images.append(Planted(f"{number}", vectors, [(0, 0, 1, each / 4) for each in range(1, 5)]))
+    planted.add(images, codec="IVF1,Flat")
+    snapshot = planted.publish(nprobe=1)
+    segments = open_segments(planted.layout, tiny_bundle.fingerprint, snapshot.segments, nprobe=1)
+    table, looked_at = open_table(planted.images_uri), list[NDArray[np.int64]]()
+
+    def objects(ids: NDArray[np.int64]) -> ImageObjects:
+        looked_at.append(ids)
+        return take_objects(table, ids)
+
+    found = search_clauses(
+        segments, terms, [([0, 1], [])], 60, objects=objects, limits=np.full(2, np.inf), max_looked_at=20
+    )
+    assert found.image_ids.tolist() == list(range(59, 39, -1))
+    assert all((np.diff(ids) > 0).all() for ids in looked_at)  # as the table is read
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from for_ray.model.bundle import Bundle
 from for_ray.model.encoder import Encoded
 from for_ray.retrieval import Answer, Filters, Hit, OpenIndex, Question, asking, open_index, paging
 from for_ray.retrieval import opened as opened_module
-from for_ray.retrieval.names import Kept, NameVectors
+from for_ray.retrieval.names import NameVectors
 from for_ray.retrieval.opened import FILTERS_KEPT
 from for_ray.retrieval.paging import read_token
 from for_ray.retrieval.queries import overlaps, unwanted_limits
@@ -250,13 +250,21 @@ def test_a_picture_with_a_filter(index: OpenIndex) -> None:
     assert index.ask(Question(like="0", filters=Filters(image_ids=()))).hits == ()
 
 
-def test_a_filter_is_read_once(index: OpenIndex, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pages and other questions with the same filter give the segments the very same array."""
+def reads_of(monkeypatch: pytest.MonkeyPatch) -> list[Filters]:
+    """The filters that are looked up in the table from now on."""
     read: list[Filters] = []
     filtered_ids = opened_module.filtered_ids
     monkeypatch.setattr(
-        opened_module, "filtered_ids", lambda images, asked: read.append(asked) or filtered_ids(images, asked)
+        opened_module,
+        "filtered_ids",
+        lambda images, asked: (read.append(asked) if asked else None) or filtered_ids(images, asked),
     )
+    return read
+
+
+def test_a_filter_is_read_once(index: OpenIndex, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pages and other questions with the same filter give the segments the very same array."""
+    read = reads_of(monkeypatch)
     given: list[object] = []
     search_segments = index._segments.search
     monkeypatch.setattr(
@@ -268,7 +276,7 @@ def test_a_filter_is_read_once(index: OpenIndex, monkeypatch: pytest.MonkeyPatch
     )
     monkeypatch.setattr(search, "FEW_IMAGES", 0)
     monkeypatch.setattr(search, "num_candidates", lambda k: 3)
-    monkeypatch.setattr(index, "_filtered", Kept(FILTERS_KEPT))
+    monkeypatch.setattr(index, "_filtered", opened_module._kept_filters())
     first = index.ask(Question("a dog", k=2, filters=Filters(glob="/c/*")))
     again = index.ask(Question("a dog", k=2, filters=Filters(glob="/c/*"), page=first.next_page))
     assert [names(answer) for answer in (first, again)] == [["23", "22"], ["21", "20"]]
@@ -283,6 +291,31 @@ def test_a_filter_is_read_once(index: OpenIndex, monkeypatch: pytest.MonkeyPatch
         index.ask(Question("a dog", k=2, filters=filters))
     assert read == [Filters(glob="/c/*"), *others, Filters(glob="/c/*")]
     assert len(index._filtered) == FILTERS_KEPT
+
+
+def test_a_filter_by_the_time_is_read_each_time(index: OpenIndex, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = reads_of(monkeypatch)
+    monkeypatch.setattr(index, "_filtered", opened_module._kept_filters())
+    chance, fixed = Filters(where="random() >= 0"), Filters(where="uri <> ''")
+    for filters in (chance, fixed, chance, fixed):
+        assert len(index.ask(Question("a dog", k=3, filters=filters)).hits) == 3
+    assert read == [chance, fixed, chance]
+    assert len(index._filtered) == 1
+
+
+def test_kept_filters_are_bounded_by_their_bytes(index: OpenIndex, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two ids far apart take a bitmap of all between them."""
+    read = reads_of(monkeypatch)
+    monkeypatch.setattr(opened_module, "MAX_FILTER_BYTES", 2 * (40 + 8 + 32) + 5 * 40)
+    monkeypatch.setattr(index, "_filtered", opened_module._kept_filters())
+    one, other, prefix = Filters(image_ids=(3,)), Filters(image_ids=[4]), Filters(glob="/c/*")
+    wide = Filters(image_ids=(0, 20))
+    for filters in (one, other, one, other, prefix, prefix, one, wide, wide, other, other):
+        index.ask(Question("a dog", k=2, filters=filters))
+    assert read == [one, other, prefix, one, wide, other]
+    assert len(index._filtered) == 1
+    index.ask(Question("a dog", filters=one))
+    assert len(index._filtered) == 2
 
 
 def test_a_bound_ends_a_search_that_few_images_answer(

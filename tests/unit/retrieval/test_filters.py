@@ -9,8 +9,8 @@ import pyarrow as pa
 import pytest
 
 from for_ray.errors import ConfigError
-from for_ray.retrieval import Filters
-from for_ray.retrieval.filters import filtered_ids, pattern_of
+from for_ray.retrieval import Filters, Question
+from for_ray.retrieval.filters import filtered_ids, is_steady, pattern_of
 
 WHOLE = ["(Int32)", "write whole numbers, without exponent or point; columns: uri"]
 URIS = [
@@ -55,6 +55,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Any:
         (Filters(image_ids=(7, 3, 3, 99, -1)), [3, 7, 99]),
         (Filters(image_ids=(7, 3, 0), where="camera = 1"), [0, 7]),
         (Filters(image_ids=()), []),
+        (Filters(image_ids=[7, 3]), [3, 7]),
         (Filters(image_ids=(10**30, 2, -(10**30), 1 << 62)), [2]),
         (Filters(where="uri = ')' OR camera = 2 -- )"), [1, 3, 6]),
         (Filters(where="(camera) = (2) /* ) */ AND \"split\" = 'it''s)' OR (camera = 1)"), [0, 2, 5, 7]),
@@ -135,3 +136,29 @@ def test_what_a_filter_says_of_itself_is_one_short_line() -> None:
     assert str(filters).startswith("under /a b, where camera = 1 OR camera = 1")
     assert str(filters).endswith("…")
     assert len(str(filters)) < 130
+
+
+@pytest.mark.parametrize(
+    "where",
+    [
+        "now() > TIMESTAMP '2020-01-01 00:00:00'", "CURRENT_TIMESTAMP IS NOT NULL",
+        "current_date() IS NOT NULL", "current_time IS NOT NULL", "today() IS NOT NULL",
+        "camera = 1 AND `random`() >= 0", "rand () >= 0", "Uuid() <> split",
+    ],
+)  # fmt: skip
+def test_conditions_that_may_hold_for_others_later(images: Any, where: str) -> None:
+    assert filtered_ids(images, Filters(where=where)) is not None  # Lance knows them
+    assert not is_steady(Filters(where=where))
+
+
+def test_conditions_that_hold_for_the_same_images() -> None:
+    assert is_steady(Filters(under="/now()", glob="random()", image_ids=(1,)))
+    assert is_steady(Filters(where="camera = 2 AND snow = 'brand' AND randomly > 1 AND known IN (3)"))
+
+
+def test_ids_in_a_list_are_those_in_a_tuple() -> None:
+    listed = [Filters(image_ids=[3, 17]), Filters(image_ids=np.array([3, 17]))]  # type: ignore[arg-type]
+    assert {Question("a", filters=each).key for each in listed} == {
+        Question("a", filters=Filters(image_ids=(3, 17))).key
+    }
+    assert set(listed) == {Filters(image_ids=(3, 17))}
