@@ -175,7 +175,7 @@ def test_what_could_not_be_read_at_all_is_told_apart_from_what_was_not_there(lay
     images = table.create_table(layout.images_uri("f"), SCHEMA)
     counts = {"num_quarantined": 0, "num_skipped": 7, "num_denied": 5, "num_listed": 100}
     verify.check_readable(images, **counts, most=0.07)
-    told = r"7 of 100 images .* Worst: 2 × not there, or not as listed; 5 × could not be read, nor .*AWS_ENDPOINT"
+    told = r"7 of 100 .* Worst: 2 × not there, or not as listed; 5 × could not be read, nor .*AWS_ENDPOINT"
     with pytest.raises(StageError, match=told):
         verify.check_readable(images, **counts, most=0.05)
 
