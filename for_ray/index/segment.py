@@ -100,8 +100,9 @@ def add_vectors(
 def _transform(transform: faiss.VectorTransform, vectors: NDArray[np.float32]) -> NDArray[np.float32]:
     """The same for a vector whatever stands beside it, but for one value in 10⁸.
 
-    So merged segments are those built at once. BLAS sums a row of a matrix's product in another order where the row stands elsewhere; here it does so in
-    float64, and the sum is rounded once. The Hadamard rotation has one order.
+    So merged segments are those built at once. BLAS sums a row of a matrix's product in another order where
+    the row stands elsewhere; here it does so in float64, and the sum is rounded once. The Hadamard rotation
+    has one order.
     """
     if not isinstance(transform, faiss.LinearTransform):
         return np.asarray(transform.apply(vectors))
