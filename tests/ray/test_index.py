@@ -373,6 +373,7 @@ def test_a_dry_run_writes_nothing(run, images):
     assert not (run.home / "index").exists()
 
 
+@pytest.mark.slow
 def test_many_actors_give_what_one_gives(run, index, tmp_path):
     run(min_actors=2, max_actors=2, batch_size=3, index=str(tmp_path / "two"))
     one, two = rows_of(index), rows_of(tmp_path / "two")
@@ -393,6 +394,7 @@ def arguments(images: Path, index: Path, encoder: str, *more: str) -> list[str]:
     return [*given, "--head", "dense", "--keep-threshold", "1", "--max-bad-fraction", "0.1", *more]
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_where_it_was(run, images, draw, tmp_path, ray_address, encoder_name):
     draw(images, range(1000, 2600))
     index = run.home / "index"

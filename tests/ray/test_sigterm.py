@@ -16,7 +16,7 @@ from tests.index_runs import IndexRun, index_run
 
 pytestmark = pytest.mark.slow
 
-NUM_IMAGES = 600
+NUM_IMAGES = 2000
 LINE = "error: stopped by SIGTERM; run again to go on: what was committed stays"
 
 
