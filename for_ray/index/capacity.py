@@ -328,26 +328,27 @@ def _more_lists(plan: IndexPlan, nodes: Nodes, plan_with: Callable[[int], IndexP
     while lists > plan.nlist:
         gigabytes = _gigabytes(sample_memory(wanted_sample(lists), plan.dim))
         memory_bytes = int(float(gigabytes) * 1e9)
-        if _trains(lists, memory_bytes, nodes, plan_with):
-            rest = "all" if lists == wanted else f"{lists:,} on these nodes"
+        trained = _trained(memory_bytes, nodes, plan_with)
+        if trained >= lists:
+            rest = "all" if lists == wanted else f"{trained:,} on these nodes"
             yield f"--task-memory {gigabytes} trains {rest}"
             return
         larger = _gigabytes(2 * memory_bytes / TASK_SHARE)
         larger_nodes = nodes._replace(memory_bytes=int(float(larger) * 1e9))
-        if lists == wanted and _trains(lists, memory_bytes, larger_nodes, plan_with):
+        if lists == wanted and _trained(memory_bytes, larger_nodes, plan_with) >= lists:
             yield f"--task-memory {gigabytes} trains all with --plan-node-memory {larger}"
         lists //= 2
 
 
-def _trains(lists: int, memory_bytes: int, nodes: Nodes, plan_with: Callable[[int], IndexPlan]) -> bool:
-    """Whether a task of so much memory trains so many lists, and the plan with it is not refused."""
+def _trained(memory_bytes: int, nodes: Nodes, plan_with: Callable[[int], IndexPlan]) -> int:
+    """How many lists a task of so much memory trains; 0 where the plan with it is refused."""
     try:
         _check_task(memory_bytes, nodes)
         plan = plan_with(memory_bytes)
         _spread(plan, nodes)
     except ConfigError:
-        return False
-    return plan.nlist >= lists
+        return 0
+    return plan.nlist
 
 
 def _fewer_bits(plan: IndexPlan) -> str:

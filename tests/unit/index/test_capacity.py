@@ -6,7 +6,7 @@ import math
 import re
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from for_ray.errors import ConfigError
@@ -102,6 +102,7 @@ def test_more_nodes_build_faster_and_larger_ones_are_fewer(num_vectors, dim, num
     MACHINES,
     st.sampled_from([None, "IVF,SQ8", "HR,IVF64,RaBitQ4", "HR,IVF20000,RaBitQ4", "PCA8,IVF,RaBitQ2"]),
 )
+@example(67108864, 640, Nodes(64 * GB, 1, None), "HR,IVF20000,RaBitQ4")
 def test_advised_memory_is_taken_and_trains_what_it_says(num_vectors, dim, nodes, codec):
     found = capacity_of(num_vectors, dim, nodes=nodes, codec=codec)
     for line in found.advice:
