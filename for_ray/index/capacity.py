@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 from pydantic import BaseModel, ConfigDict
@@ -160,13 +161,8 @@ def plan_capacity(
             "several indexes"
         )
     _check_task(task_memory_bytes, nodes)
-
-    def plan_with(memory_bytes: int) -> IndexPlan:
-        return plan_index(
-            num_vectors, dim, codec=codec, target_recall=target_recall, memory_bytes=memory_bytes
-        )
-
-    plan = plan_with(task_memory_bytes)
+    plan_with = partial(plan_index, num_vectors, dim, codec=codec, target_recall=target_recall)
+    plan = plan_with(memory_bytes=task_memory_bytes)
     shards = _spread(plan, nodes)
     num_nodes = nodes.num or shards.num
     table_bytes = num_vectors * (2 * dim + BOX_BYTES) + num_images * TABLE_BYTES_PER_IMAGE
@@ -293,7 +289,7 @@ def _advice(
     shards: _Shards,
     nodes: Nodes,
     task_memory_bytes: int,
-    plan_with: Callable[[int], IndexPlan],
+    plan_with: Callable[..., IndexPlan],
 ) -> list[str]:
     lines = []
     if nodes.num is not None and nodes.num < shards.num:
@@ -318,7 +314,7 @@ def _advice(
     return lines
 
 
-def _more_lists(plan: IndexPlan, nodes: Nodes, plan_with: Callable[[int], IndexPlan]) -> Iterator[str]:
+def _more_lists(plan: IndexPlan, nodes: Nodes, plan_with: Callable[..., IndexPlan]) -> Iterator[str]:
     """Which memory of a task trains how many more lists, as planning again with it says.
 
     All that the vectors want; where that takes other nodes, these, and the most that the given ones train.
@@ -340,11 +336,11 @@ def _more_lists(plan: IndexPlan, nodes: Nodes, plan_with: Callable[[int], IndexP
         lists //= 2
 
 
-def _trained(memory_bytes: int, nodes: Nodes, plan_with: Callable[[int], IndexPlan]) -> int:
+def _trained(memory_bytes: int, nodes: Nodes, plan_with: Callable[..., IndexPlan]) -> int:
     """How many lists a task of so much memory trains; 0 where the plan with it is refused."""
     try:
         _check_task(memory_bytes, nodes)
-        plan = plan_with(memory_bytes)
+        plan = plan_with(memory_bytes=memory_bytes)
         _spread(plan, nodes)
     except ConfigError:
         return 0

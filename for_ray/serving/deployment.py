@@ -11,10 +11,9 @@ import asyncio
 import io
 import logging
 import os
-import signal
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from collections.abc import Callable
+from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -134,9 +133,8 @@ def run(
     served.check()
     with ExitStack() as stack:
         cluster = Cluster(stack)
-        with _own_signals():
-            gpus = _gpus(cluster, served.device)
-            _check_room(cluster, served, replicas, gpus=gpus)
+        gpus = _gpus(cluster, served.device)
+        _check_room(cluster, served, replicas, gpus=gpus)
         _start(host, port, stack)
         _deploy(application(served, replicas, gpus=gpus), stack)
         when_up(url_of(host, port))
@@ -190,15 +188,6 @@ def _check_room(cluster: Cluster, served: Served, replicas: Replicas, *, gpus: i
             f"{replicas.least} replicas reserve {replicas.least * gpus} GPUs, this machine has {has:g}: give "
             "--device cpu, ask for fewer replicas, or name a cluster in RAY_ADDRESS"
         )
-
-
-@contextmanager
-def _own_signals() -> Iterator[None]:
-    """Keep the handler of SIGTERM; Ray sets another when a cluster is joined, which ends the process."""
-    handler = signal.getsignal(signal.SIGTERM)
-    yield
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, handler)
 
 
 def _start(host: str, port: int, stack: ExitStack) -> None:
